@@ -1,0 +1,1 @@
+"""Routing strategies, one file each; importing one registers it under its class name."""

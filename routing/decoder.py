@@ -1,0 +1,180 @@
+"""A Hugging Face vision-language model seen as a stack of layers: the one file that knows its attribute names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from routing.placement import Placement
+from routing.router import Router, RouterSpec
+from routing.tape import Part, RoutingTape, Site
+from routing.tokens import Phase, TokenKind, Tokens
+
+Sharing = Literal["separate", "shared"]
+Wrap = Callable[[nn.Module, Site], nn.Module]
+
+MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe")
+ATTENTION_NAMES = ("self_attn", "attention")
+ORDER: tuple[Part, ...] = ("attention", "mlp", "layer")  # inner parts first: a routed layer may hook what they became
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The language model's layers, first layer first.
+
+    Raises:
+        ValueError: the model has no such list.
+    """
+    layers = getattr(model.get_decoder(), "layers", None)  # type: ignore[no-untyped-call]
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(f"{type(model).__name__} has no list of decoder layers at get_decoder().layers to route.")
+    return layers
+
+
+class Decoder:
+    """What a plugin may do to a model: ask for routers, and claim parts of decoder layers.
+
+    Claims are collected first, checked, and only then committed, so that the order of the plugins cannot matter.
+
+    Args:
+        model: Any vision-language model whose ``get_decoder()`` has ``layers``, weights loaded.
+        tape: Where gates find the facts about tokens and leave their records.
+    """
+
+    def __init__(self, model: PreTrainedModel, tape: RoutingTape) -> None:
+        self.model, self.tape = model, tape
+        self.layers = decoder_layers(model)
+        self.dim: int = model.config.get_text_config().hidden_size
+        self._by = ""
+        self._claims: dict[tuple[int, Part], tuple[Site, Wrap]] = {}
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @contextmanager
+    def claiming(self, by: str) -> Iterator[None]:
+        """Inside, what is claimed belongs to the plugin named ``by``, which must claim something."""
+        self._by = by
+        yield
+        if not any(site.by == by for site, _ in self._claims.values()):
+            raise ValueError(
+                f"Plugin {by!r} routes nothing in this decoder of {len(self)} layers: widen its placement or lower its"
+                f" capacity, or remove it with enabled: false."
+            )
+
+    def sites(self, placement: Placement, part: Part = "layer") -> tuple[Site, ...]:
+        """The places that a placement names, first layer first."""
+        return tuple(Site(layer, len(self), part, self._by) for layer in placement(len(self)))
+
+    def router(self, spec: RouterSpec, site: Site, sharing: Sharing, experts: int = 1) -> Router:
+        """A new router for this site, or the one that all sites of this plugin share; on the model's root."""
+        if not hasattr(self.model, "routers"):
+            self.model.add_module("routers", nn.ModuleDict())
+        routers = self.model.routers
+        assert isinstance(routers, nn.ModuleDict)
+        if site.by not in routers:
+            routers[site.by] = nn.ModuleDict()
+        mine, key = routers[site.by], sharing if sharing == "shared" else str(site.layer)
+        assert isinstance(mine, nn.ModuleDict)
+        if key not in mine:
+            with self.model.device:
+                mine[key] = spec.build(self.dim, experts)
+        router = mine[key]
+        assert isinstance(router, Router)
+        return router
+
+    def wrap_layer(self, site: Site, wrap: Wrap) -> None:
+        """Claims a whole layer; ``wrap`` gets it and returns what stands there from then on."""
+        self._claim(site, "layer", wrap)
+
+    def wrap_attention(self, site: Site, wrap: Wrap) -> None:
+        """Claims a layer's attention."""
+        self._claim(site, "attention", wrap)
+
+    def wrap_mlp(self, site: Site, wrap: Wrap) -> None:
+        """Claims a layer's feed-forward network."""
+        self._claim(site, "mlp", wrap)
+
+    def mlp(self, layer: nn.Module) -> nn.Module:
+        """The feed-forward network of a decoder layer."""
+        found: nn.Module = getattr(layer, _name(layer, MLP_NAMES))
+        return found
+
+    def _claim(self, site: Site, part: Part, wrap: Wrap) -> None:
+        other = self._claims.get((site.layer, part))
+        if other is not None:
+            raise ValueError(
+                f"Plugins {other[0].by!r} and {site.by!r} both route the {part} of decoder layer {site.layer}: give"
+                f" them disjoint placements, or remove one with enabled: false."
+            )
+        self._claims[site.layer, part] = (site, wrap)
+
+    def commit(self) -> None:
+        """Carries the claims out, inner parts first."""
+        for part in ORDER:
+            for (index, claimed), (site, wrap) in sorted(self._claims.items(), key=lambda claim: claim[0][0]):
+                if claimed != part:
+                    continue
+                layer = self.layers[index]
+                if part == "layer":
+                    self.layers[index] = wrap(layer, site)
+                else:
+                    name = _name(layer, MLP_NAMES if part == "mlp" else ATTENTION_NAMES)
+                    setattr(layer, name, wrap(getattr(layer, name), site))
+
+
+def _name(layer: nn.Module, names: tuple[str, ...]) -> str:
+    for name in names:
+        if isinstance(getattr(layer, name, None), nn.Module):
+            return name
+    raise ValueError(f"{type(layer).__name__} has none of {', '.join(names)}: its parts cannot be routed by name.")
+
+
+class TokenObserver:
+    """Opens the tape before each forward of the model, and closes it after.
+
+    Facts come from ``tape.announced`` where somebody announced them, else from the input ids.
+    """
+
+    def __init__(self, tape: RoutingTape) -> None:
+        self.tape = tape
+
+    def before(self, model: PreTrainedModel, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> None:
+        ids_BT = kwargs.get("input_ids", args[0] if args else None)
+        mask_BT, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        if not isinstance(ids_BT, Tensor):
+            raise ValueError("A routed model finds its vision tokens in input_ids; pass those, not inputs_embeds.")
+        if self.tape.announced is not None:
+            tokens = lengthened(self.tape.announced, ids_BT)
+        else:
+            mask = mask_BT if isinstance(mask_BT, Tensor) and mask_BT.shape == ids_BT.shape else None
+            tokens = observed(ids_BT, mask, model.config.image_token_id)
+        filled = isinstance(cache, Cache) and cache.get_seq_length() > 0
+        phase: Phase = "train" if model.training else "decode" if filled else "prefill"
+        self.tape.begin(tokens.during(phase, self.tape.progress if model.training else 1.0))
+
+    def after(self, model: PreTrainedModel, args: object, output: object) -> None:
+        self.tape.end()
+
+
+def observed(ids_BT: Tensor, mask_BT: Tensor | None, image_token: int) -> Tokens:
+    """Facts from the ids alone: image tokens are VISION, other real tokens QUESTION. One host sync."""
+    kind_BT = torch.where(ids_BT == image_token, TokenKind.VISION, TokenKind.QUESTION)
+    if mask_BT is not None:
+        kind_BT = kind_BT.masked_fill(mask_BT == 0, TokenKind.PAD)
+    return Tokens.of(kind_BT)
+
+
+def lengthened(tokens: Tokens, ids_BT: Tensor) -> Tokens:
+    """Announced facts of a prompt, with the tokens generated since as ANSWER."""
+    (rows, length), (announced_rows, announced) = ids_BT.shape, tokens.shape
+    if rows != announced_rows or length < announced:
+        raise ValueError(
+            f"The announced tokens have shape {(announced_rows, announced)}, the forward's input_ids {(rows, length)}:"
+            f" announce the facts of this very batch, or none."
+        )
+    return tokens.extended(length - announced)

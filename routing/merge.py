@@ -1,0 +1,55 @@
+"""Where the weight enters: what becomes of a token that took the layer, and of one that passed it by."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class Merge(ABC):
+    """``scales_mlp``: the weight multiplies the feed-forward branch inside the layer, before its residual sum."""
+
+    scales_mlp: bool = False
+
+    @abstractmethod
+    def kept(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        """A kept token: ``x`` before the layer, ``y`` after it, (batch, kept, width); ``weight`` (batch, kept, 1)."""
+
+    @abstractmethod
+    def passed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """A token that passed the layer by: (batch, tokens, width), ``weight`` (batch, tokens, 1)."""
+
+
+@dataclass(frozen=True)
+class WholeBlock(Merge):
+    """x + weight * (layer(x) - x); passed tokens are unchanged (Mixture-of-Depths, arXiv 2404.02258, eq. 1)."""
+
+    def kept(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        return torch.lerp(x, y, weight)  # exactly y at weight 1
+
+    def passed(self, x: Tensor, weight: Tensor) -> Tensor:
+        return x
+
+
+@dataclass(frozen=True)
+class FeedForwardBranch(Merge):
+    """x + attention + weight * feed-forward; passed tokens are unchanged (gamma-MoD, arXiv 2410.13859)."""
+
+    scales_mlp = True
+
+    def kept(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        return y
+
+    def passed(self, x: Tensor, weight: Tensor) -> Tensor:
+        return x
+
+
+@dataclass(frozen=True)
+class ScaledPassing(FeedForwardBranch):
+    """x + attention + weight * feed-forward; passed tokens become weight * x (p-MoD, arXiv 2412.04449, code)."""
+
+    def passed(self, x: Tensor, weight: Tensor) -> Tensor:
+        return x * weight

@@ -1,0 +1,104 @@
+"""What a routing strategy is, how it is found, and how a set of them is put on a model."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import TypeVar
+
+from transformers import PreTrainedModel
+
+from routing.decoder import Decoder, TokenObserver
+from routing.loss import AuxLoss
+from routing.tape import RoutingTape
+
+ENTRY_POINTS = "lit.plugins"
+
+
+class RoutingPlugin(ABC):
+    """A named preset: which parts of a decoder are routed, and by what.
+
+    ``enabled: false`` in a later config is how a plugin of an earlier one is removed. ``losses`` are added to the
+    objective, each on this plugin's records only.
+    """
+
+    enabled: bool = True
+    losses: tuple[AuxLoss, ...] = ()
+
+    @abstractmethod
+    def apply(self, decoder: Decoder) -> None:
+        """Claims the sites; called once, after the weights are loaded and before optimizers or sharding."""
+
+
+_REGISTERED: dict[str, type[RoutingPlugin]] = {}
+P = TypeVar("P", bound=type[RoutingPlugin])
+
+
+def register(plugin: P) -> P:
+    """Publishes a plugin under its class name, which is also its short name in a config."""
+    name, known = plugin.__name__, _REGISTERED.get(plugin.__name__)
+    if known is not None and known.__module__ != plugin.__module__:
+        raise ValueError(
+            f"Two routing plugins are called {name!r}: {known.__module__}.{name} and {plugin.__module__}.{name}. The"
+            f" class name is the name in configs; rename one of them."
+        )
+    _REGISTERED[name] = plugin
+    return plugin
+
+
+def registered() -> dict[str, type[RoutingPlugin]]:
+    """All plugins known so far, by name, sorted."""
+    return dict(sorted(_REGISTERED.items()))
+
+
+def discover() -> dict[str, type[RoutingPlugin]]:
+    """Imports every module of ``plugins/`` and every entry point of the group ``lit.plugins``."""
+    package = importlib.import_module("plugins")
+    for module in sorted(module.name for module in pkgutil.iter_modules(package.__path__)):
+        if not module.startswith("_"):
+            importlib.import_module(f"plugins.{module}")
+    for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name):
+        try:
+            point.load()
+        except Exception as error:
+            source = f" of {point.dist.name}" if point.dist is not None else ""
+            raise ImportError(
+                f"Plugin entry point {point.name!r} = {point.value!r}{source} could not be imported: {error}. Fix or"
+                f" uninstall that package."
+            ) from error
+    return registered()
+
+
+def attach(model: PreTrainedModel, plugins: Mapping[str, RoutingPlugin]) -> RoutingTape:
+    """Routes a model in place: every enabled plugin claims its sites, clashes are refused, claims are committed.
+
+    Args:
+        model: Any Hugging Face vision-language model, weights loaded, not yet sharded or compiled.
+        plugins: Strategies by name; the name is the prefix of their routers' keys and of what they log.
+
+    Returns:
+        The tape that announces token facts to the gates and collects their records.
+
+    Raises:
+        ValueError: two plugins route one part of a layer; a plugin routes nothing; the model is routed already.
+    """
+    tape = RoutingTape()
+    enabled = {name: plugin for name, plugin in plugins.items() if plugin.enabled}
+    if hasattr(model, "routers"):
+        raise ValueError("This model is routed already; build a fresh one to route it differently.")
+    for name in enabled:
+        if not name.isidentifier():
+            raise ValueError(f"Plugin name {name!r}: use letters, digits and underscores, as in 'depth' or 'moe_2'.")
+    decoder = Decoder(model, tape)
+    for name, plugin in enabled.items():
+        with decoder.claiming(name):
+            plugin.apply(decoder)
+    decoder.commit()
+    if enabled:
+        observer = TokenObserver(tape)
+        model.register_forward_pre_hook(observer.before, with_kwargs=True)
+        model.register_forward_hook(observer.after, always_call=True)
+    return tape

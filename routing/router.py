@@ -1,0 +1,145 @@
+"""Routers score every token for every expert, and decide nothing.
+
+Shape suffixes: B batch, T tokens, E experts (1 when a layer is routed in depth), D width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from routing.tokens import TokenKind, Tokens
+
+if TYPE_CHECKING:
+    from routing.tape import RoutingRecord
+
+
+@dataclass(frozen=True)
+class RouterInputs:
+    """Everything a router may look at.
+
+    Args:
+        x_BTD: Hidden states that enter the routed part (the residual stream, before the layer's norm).
+        tokens: Facts about the tokens.
+        records: What earlier sites of this forward decided, first layer first.
+    """
+
+    x_BTD: Tensor
+    tokens: Tokens
+    records: Sequence[RoutingRecord]
+
+
+class Router(nn.Module, ABC):
+    """The module that scores; its parameters live on the model's root, in ``model.routers``."""
+
+    @abstractmethod
+    def forward(self, inputs: RouterInputs) -> Tensor:
+        """Scores, float32 (B, T, E), whatever autocast says."""
+
+
+class RouterSpec(ABC):
+    """What a config says about a router; the plugin builds one module from it per layer, or one for all layers."""
+
+    @abstractmethod
+    def build(self, dim: int, experts: int) -> Router:
+        """A router from ``dim`` features to ``experts`` scores."""
+
+
+def _linear(dim: int, out: int, *, bias: bool, std: float) -> nn.Linear:
+    linear = nn.Linear(dim, out, bias=bias, dtype=torch.float32)
+    nn.init.normal_(linear.weight, std=std)
+    if bias:
+        nn.init.zeros_(linear.bias)
+    return linear
+
+
+class Float32Router(Router):
+    """Runs ``network`` on float32 hidden states outside autocast: bf16 scores tie, and ties route at random."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: RouterInputs) -> Tensor:
+        with torch.autocast(inputs.x_BTD.device.type, enabled=False):
+            scores_BTE: Tensor = self.network(inputs.x_BTD.float())
+            return scores_BTE
+
+
+def _checked_std(spec: object, std: float) -> None:
+    if not 0 <= std < float("inf"):
+        raise ValueError(f"{spec}: std must be a finite number >= 0 (0 starts the router at zero scores).")
+
+
+@dataclass(frozen=True)
+class LinearRouter(RouterSpec):
+    """One linear map.
+
+    Args:
+        bias: Whether it has a bias, which starts at 0.
+        std: Standard deviation of the initial weights; 0 starts at zero scores, so that every token ties.
+    """
+
+    bias: bool = True
+    std: float = 0.02
+
+    def __post_init__(self) -> None:
+        _checked_std(self, self.std)
+
+    def build(self, dim: int, experts: int) -> Router:
+        return Float32Router(_linear(dim, experts, bias=self.bias, std=self.std))
+
+
+@dataclass(frozen=True)
+class MLPRouter(RouterSpec):
+    """Linear, GELU, linear.
+
+    Args:
+        hidden: Width between the two maps.
+        std: Standard deviation of the last map's initial weights; 0 starts at zero scores. The first starts at 0.02.
+    """
+
+    hidden: int = 256
+    std: float = 0.02
+
+    def __post_init__(self) -> None:
+        _checked_std(self, self.std)
+        if self.hidden < 1:
+            raise ValueError(f"{self}: hidden must be at least 1.")
+
+    def build(self, dim: int, experts: int) -> Router:
+        first = _linear(dim, self.hidden, bias=True, std=0.02)
+        return Float32Router(nn.Sequential(first, nn.GELU(), _linear(self.hidden, experts, bias=True, std=self.std)))
+
+
+class TwoHeads(Router):
+    """Vision tokens are scored by one router, all others by another."""
+
+    def __init__(self, vision: Router, text: Router) -> None:
+        super().__init__()
+        self.vision, self.text = vision, text
+
+    def forward(self, inputs: RouterInputs) -> Tensor:
+        vision_BT1 = (inputs.tokens.kind_BT == TokenKind.VISION)[..., None]
+        return torch.where(vision_BT1, self.vision(inputs), self.text(inputs))
+
+
+@dataclass(frozen=True)
+class ModalityRouter(RouterSpec):
+    """Separate routers for vision tokens and for text.
+
+    Args:
+        vision: Scores the vision tokens.
+        text: Scores all other tokens.
+    """
+
+    vision: RouterSpec = LinearRouter()
+    text: RouterSpec = LinearRouter()
+
+    def build(self, dim: int, experts: int) -> Router:
+        return TwoHeads(self.vision.build(dim, experts), self.text.build(dim, experts))

@@ -1,0 +1,199 @@
+"""Selectors turn scores into a decision; they have no parameters.
+
+Shape suffixes: B batch, T tokens, E experts, K tokens kept or experts of a token.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from routing.capacity import kept_count
+from routing.decision import Decision, KeptTokens, TokenChoices
+from routing.tokens import TokenKind, Tokens
+
+
+class Selector(ABC):
+    """A rule from scores to a decision.
+
+    ``causal``: a token's decision depends on no later token, so cached decoding equals one forward.
+    ``batch_independent``: a row's decision depends on no other row.
+    """
+
+    causal: bool
+    batch_independent: bool = True
+
+    @abstractmethod
+    def __call__(self, scores_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens, capacity: float) -> Decision:
+        """``capacity`` is the share of the candidate tokens, in (0, 1]."""
+
+    @abstractmethod
+    def bound(self, tokens: Tokens, capacity: float) -> int | None:
+        """Most tokens that a row can keep, known on the host; None if only the data tell."""
+
+
+def top_mask(scores_BT: Tensor, candidate_BT: Tensor, count_B: Tensor, tokens: Tokens) -> Tensor:
+    """True at the ``count_B`` best-scored candidates of each row; equal scores fall by ``tokens.tie_order_BT``."""
+    order_BT = tokens.tie_order_BT
+    # Mask here, not in the scores: what a router may not choose must not outrank what it may.
+    masked_BT = scores_BT.masked_fill(~candidate_BT, -torch.inf).gather(1, order_BT)
+    best_BT = order_BT.gather(1, masked_BT.argsort(dim=1, descending=True, stable=True))
+    rank_BT = torch.arange(scores_BT.shape[1], device=scores_BT.device).expand_as(best_BT)
+    taken_BT = rank_BT < count_B[:, None]
+    return torch.zeros_like(candidate_BT).scatter(1, best_BT, taken_BT) & candidate_BT
+
+
+def count_of(candidate_BT: Tensor, capacity: float) -> Tensor:
+    """``kept_count`` of each row on the device, int64 (B,): the same float32 product, and no host sync."""
+    share = torch.full((), capacity, dtype=torch.float32, device=candidate_BT.device)
+    return (candidate_BT.sum(1).to(torch.float32) * share).long()
+
+
+@dataclass(frozen=True)
+class DepthSelector(Selector, ABC):
+    """Decides which tokens of ``routes`` enter; tokens of every other kind always do, padding never.
+
+    Args:
+        routes: Kinds of tokens that are routed.
+    """
+
+    routes: tuple[TokenKind, ...] = (TokenKind.VISION,)
+
+    def __post_init__(self) -> None:
+        if not self.routes or TokenKind.PAD in self.routes:
+            raise ValueError(
+                f"{type(self).__name__}(routes={[k.name for k in self.routes]}): name at least one of SYSTEM, QUESTION,"
+                f" ANSWER, VISION; padding is never routed."
+            )
+
+    @abstractmethod
+    def chosen_BT(
+        self, scores_BT: Tensor, weights_BT: Tensor, candidate_BT: Tensor, tokens: Tokens, capacity: float
+    ) -> Tensor:
+        """True at the candidates that enter; bool (B, T), False on every other token."""
+
+    @abstractmethod
+    def most(self, candidates: int, capacity: float) -> int | None:
+        """Most of ``candidates`` tokens that can enter; None if only the data tell."""
+
+    def __call__(self, scores_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens, capacity: float) -> KeptTokens:
+        candidate_BT = tokens.mask(self.routes)
+        scores_BT, weights_BT = scores_BTE[..., 0], weights_BTE[..., 0]
+        chosen_BT = self.chosen_BT(scores_BT.detach(), weights_BT.detach(), candidate_BT, tokens, capacity)
+        keep_BT = chosen_BT | (tokens.valid_BT & ~candidate_BT)
+        bound = self.bound(tokens, capacity)
+        longest = int(keep_BT.sum(1).max()) if bound is None else bound  # the one host sync of a data-dependent rule
+        return KeptTokens.of(keep_BT, torch.where(candidate_BT, weights_BT, 1.0), longest)
+
+    def bound(self, tokens: Tokens, capacity: float) -> int | None:
+        always = [kind for kind in TokenKind if kind is not TokenKind.PAD and kind not in self.routes]
+        kept = [self.most(candidates, capacity) for candidates in tokens.count(self.routes)]
+        if None in kept:
+            return None
+        return max(n + dense for n, dense in zip(kept, tokens.count(always), strict=True) if n is not None)
+
+
+@dataclass(frozen=True)
+class ExpertChoice(DepthSelector):
+    """The computation takes its best-scored candidates of each row, over all images of the row together.
+
+    Mixture-of-Depths (Raposo et al. 2024, arXiv 2404.02258) and p-MoD: one expert, one pool per sequence. Not causal
+    unless the candidates all stand before the first token that is generated, as vision tokens do.
+
+    Args:
+        routes: Kinds of tokens that are routed.
+    """
+
+    causal = False
+
+    def chosen_BT(
+        self, scores_BT: Tensor, weights_BT: Tensor, candidate_BT: Tensor, tokens: Tokens, capacity: float
+    ) -> Tensor:
+        return top_mask(scores_BT, candidate_BT, count_of(candidate_BT, capacity), tokens)
+
+    def most(self, candidates: int, capacity: float) -> int:
+        return kept_count(candidates, capacity)
+
+
+@dataclass(frozen=True)
+class Threshold(DepthSelector):
+    """Each token decides alone: it enters if its weight exceeds ``p`` (gamma-MoD at inference, MoDification).
+
+    How many enter depends on the data, whatever the capacity, so each layer asks the device once for its longest row.
+
+    Args:
+        routes: Kinds of tokens that are routed.
+        p: Weight above which a token enters.
+    """
+
+    p: float = 0.5
+    causal = True
+
+    def chosen_BT(
+        self, scores_BT: Tensor, weights_BT: Tensor, candidate_BT: Tensor, tokens: Tokens, capacity: float
+    ) -> Tensor:
+        return (weights_BT > self.p) & candidate_BT
+
+    def most(self, candidates: int, capacity: float) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class TokenChoice(Selector):
+    """Each token takes its ``k`` best-weighted experts (Shazeer et al. 2017); equal weights fall to the lower expert.
+
+    Args:
+        k: Experts of a token, at least 1.
+    """
+
+    k: int = 2
+    causal = True
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"TokenChoice(k={self.k}): a token needs at least 1 expert.")
+
+    def __call__(self, scores_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens, capacity: float) -> TokenChoices:
+        if self.k > scores_BTE.shape[-1]:
+            raise ValueError(f"TokenChoice(k={self.k}): there are only {scores_BTE.shape[-1]} experts to choose from.")
+        expert_BTK = scores_BTE.argsort(dim=-1, descending=True, stable=True)[..., : self.k]
+        valid_BTK = tokens.valid_BT[..., None].expand_as(expert_BTK)
+        return TokenChoices(expert_BTK, weights_BTE.gather(-1, expert_BTK), valid_BTK)
+
+    def bound(self, tokens: Tokens, capacity: float) -> int:
+        return tokens.shape[1]
+
+
+@dataclass(frozen=True)
+class SelectBy(Selector):
+    """Another rule in each phase, so that what differs between training and inference stands in the config.
+
+    Args:
+        train: Rule in training.
+        prefill: Rule on a prompt.
+        decode: Rule on each generated token.
+    """
+
+    train: Selector
+    prefill: Selector
+    decode: Selector
+
+    @property
+    def causal(self) -> bool:  # type: ignore[override]
+        return self.prefill.causal and self.decode.causal
+
+    @property
+    def batch_independent(self) -> bool:  # type: ignore[override]
+        return all(rule.batch_independent for rule in (self.train, self.prefill, self.decode))
+
+    def _rule(self, tokens: Tokens) -> Selector:
+        return {"train": self.train, "prefill": self.prefill, "decode": self.decode}[tokens.phase]
+
+    def __call__(self, scores_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens, capacity: float) -> Decision:
+        return self._rule(tokens)(scores_BTE, weights_BTE, tokens, capacity)
+
+    def bound(self, tokens: Tokens, capacity: float) -> int | None:
+        return self._rule(tokens).bound(tokens, capacity)

@@ -1,0 +1,107 @@
+"""The side channel between routed modules and whoever trains or watches them: token facts in, records out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from routing.decision import Decision
+from routing.tokens import Tokens
+
+Part = Literal["layer", "attention", "mlp"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in the decoder where a decision is taken.
+
+    Args:
+        layer: Decoder layer, from 0.
+        num_layers: Depth of the decoder.
+        part: What is routed there: the whole layer, its attention or its feed-forward network.
+        by: Name of the plugin that claimed it (its key in ``plugins``).
+    """
+
+    layer: int
+    num_layers: int
+    part: Part
+    by: str
+
+    @property
+    def depth(self) -> float:
+        """0 at the first layer, 1 at the last."""
+        return self.layer / max(self.num_layers - 1, 1)
+
+
+@dataclass(frozen=True)
+class RoutingRecord:
+    """What one gate saw and decided in one forward.
+
+    Args:
+        site: Where.
+        scores_BTE: The router's scores, float32 (batch, tokens, experts), with their graph.
+        decision: What was decided.
+        capacity: Share of the candidate tokens that the schedule asked for.
+        tokens: The facts it was decided on.
+    """
+
+    site: Site
+    scores_BTE: Tensor
+    decision: Decision
+    capacity: float
+    tokens: Tokens
+
+
+class RoutingTape:
+    """Announced facts and open recordings; modules themselves keep no state.
+
+    Attributes:
+        progress: How much of the training is over, in [0, 1]; whoever trains sets it before a forward.
+        announced: Facts that the caller knows about the next forwards, or None.
+        tokens: Facts of the forward that runs now, or None between forwards.
+        earlier: Records of the forward that runs now, first layer first.
+    """
+
+    def __init__(self) -> None:
+        self.progress = 1.0
+        self.announced: Tokens | None = None
+        self.tokens: Tokens | None = None
+        self.earlier: list[RoutingRecord] = []
+        self._recordings: list[list[RoutingRecord]] = []
+
+    @contextmanager
+    def about(self, tokens: Tokens | None) -> Iterator[None]:
+        """Inside, forwards are about these tokens; ``generate`` may lengthen them by answers."""
+        before, self.announced = self.announced, tokens
+        try:
+            yield
+        finally:
+            self.announced = before
+
+    @contextmanager
+    def recording(self) -> Iterator[list[RoutingRecord]]:
+        """Collects the records of every forward inside; it may nest."""
+        records: list[RoutingRecord] = []
+        self._recordings.append(records)
+        try:
+            yield records
+        finally:
+            self._recordings = [r for r in self._recordings if r is not records]
+
+    def begin(self, tokens: Tokens) -> None:
+        """A forward starts."""
+        self.tokens, self.earlier = tokens, []
+
+    def end(self) -> None:
+        """A forward is over: nothing of it, and no autograd graph, is kept here."""
+        self.tokens, self.earlier = None, []
+
+    def write(self, record: RoutingRecord) -> None:
+        """Called by gates only, once per site and forward."""
+        self.earlier.append(record)
+        for records in self._recordings:
+            records.append(record)

@@ -1,0 +1,152 @@
+"""What is known about the tokens of a batch, besides their hidden states.
+
+Shape suffixes: B batch rows, T tokens of a row (padding included).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Phase = Literal["train", "prefill", "decode"]
+
+NOWHERE = -1  # image, tile, row and column of a token that is no image patch
+
+
+class TokenKind(IntEnum):
+    """The part a token plays in a conversation."""
+
+    PAD = 0
+    SYSTEM = 1
+    QUESTION = 2
+    ANSWER = 3
+    VISION = 4
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Facts about every token of a batch; made by the collator, or derived from ``input_ids`` when nobody made them.
+
+    Args:
+        kind_BT: ``TokenKind`` of each token, int8 (B, T).
+        image_BT: Which image of its row a vision token belongs to, from 0; -1 elsewhere. int16 (B, T).
+        tile_BT: Which tile of that image, from 0; -1 elsewhere. int16 (B, T).
+        row_BT: Row of the patch in its tile, from 0 at the top; -1 where unknown. int16 (B, T).
+        column_BT: Column of the patch in its tile, from 0 at the left; -1 where unknown. int16 (B, T).
+        counts_B: For each row, how many tokens it has of each kind (indexed by ``TokenKind``): plain integers,
+            so that no layer has to ask the device how many tokens it keeps.
+        phase: ``train``, ``prefill`` (the cache is empty, or there is none) or ``decode``.
+        progress: How much of the training is over, in [0, 1]; 1.0 at inference.
+    """
+
+    kind_BT: Tensor
+    image_BT: Tensor
+    tile_BT: Tensor
+    row_BT: Tensor
+    column_BT: Tensor
+    counts_B: tuple[tuple[int, ...], ...]
+    phase: Phase = "train"
+    progress: float = 1.0
+
+    def __post_init__(self) -> None:
+        shapes = {tuple(t.shape) for t in self._tensors()}
+        if len(shapes) != 1 or len(self.counts_B) != len(self.kind_BT):
+            raise ValueError(
+                f"Tokens: kind, image, tile, row and column must share one (batch, tokens) shape, with one count per"
+                f" batch row; got {sorted(shapes)} and {len(self.counts_B)} counts."
+            )
+
+    @classmethod
+    def of(
+        cls,
+        kind_BT: Tensor,
+        *,
+        image_BT: Tensor | None = None,
+        tile_BT: Tensor | None = None,
+        row_BT: Tensor | None = None,
+        column_BT: Tensor | None = None,
+        phase: Phase = "train",
+    ) -> Tokens:
+        """Counts the kinds (free on the CPU, one host sync on an accelerator) and fills in what is not known."""
+        kind_BT = kind_BT.to(torch.int8)
+        # A patch whose place is unknown is still a patch of image 0, tile 0.
+        image = torch.where(kind_BT == TokenKind.VISION, 0, NOWHERE).to(torch.int16)
+        nowhere = torch.full_like(image, NOWHERE)
+        counts = torch.stack([(kind_BT == kind).sum(1) for kind in TokenKind], dim=1).tolist()
+        return cls(
+            kind_BT,
+            image if image_BT is None else image_BT.to(torch.int16),
+            image if tile_BT is None else tile_BT.to(torch.int16),
+            nowhere if row_BT is None else row_BT.to(torch.int16),
+            nowhere if column_BT is None else column_BT.to(torch.int16),
+            tuple(tuple(row) for row in counts),
+            phase,
+        )
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.kind_BT.shape
+
+    @cached_property
+    def valid_BT(self) -> Tensor:
+        """False on padding."""
+        return self.kind_BT != TokenKind.PAD
+
+    @cached_property
+    def tie_order_BT(self) -> Tensor:
+        """Positions of each row in the order in which equal scores are taken; padding last.
+
+        A permutation of the token's place among the real tokens of its row (multiples of the golden ratio modulo one,
+        so that any prefix of it is spread evenly over the sequence): the same on every device, whatever the padding.
+        """
+        place_BT = self.valid_BT.long().cumsum(1) - 1
+        key_BT = (place_BT * 2654435761) & 0xFFFFFFFF
+        return key_BT.masked_fill(~self.valid_BT, 1 << 32).argsort(dim=1, stable=True)
+
+    def mask(self, kinds: Iterable[TokenKind]) -> Tensor:
+        """True where the token is of one of ``kinds``; bool (B, T)."""
+        masks = [self.kind_BT == kind for kind in kinds]
+        return torch.stack(masks).any(0) if masks else torch.zeros_like(self.valid_BT)
+
+    def count(self, kinds: Iterable[TokenKind]) -> tuple[int, ...]:
+        """How many tokens of ``kinds`` each row has; known on the host."""
+        kinds = tuple(kinds)
+        return tuple(sum(row[kind] for kind in kinds) for row in self.counts_B)
+
+    def row(self, b: int) -> Tokens:
+        """One row as a batch of its own, padding included."""
+        return self._map(lambda t: t[b : b + 1], self.counts_B[b : b + 1])
+
+    def extended(self, by: int) -> Tokens:
+        """With ``by`` more ANSWER tokens at the end of every row."""
+        if by == 0:
+            return self
+        counts = tuple(tuple(n + by * (k == TokenKind.ANSWER) for k, n in enumerate(row)) for row in self.counts_B)
+        kind_BT = F.pad(self.kind_BT, (0, by), value=TokenKind.ANSWER)
+        return replace(self._map(lambda t: F.pad(t, (0, by), value=NOWHERE), counts), kind_BT=kind_BT)
+
+    def during(self, phase: Phase, progress: float) -> Tokens:
+        """The same tokens, at this point of training or inference."""
+        return replace(self, phase=phase, progress=progress)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Tokens:
+        """On another device; Lightning calls this when it moves a batch."""
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking), self.counts_B)
+
+    def pin_memory(self) -> Tokens:
+        """In page-locked memory; the DataLoader calls this."""
+        return self._map(lambda t: t.pin_memory(), self.counts_B)
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.kind_BT, self.image_BT, self.tile_BT, self.row_BT, self.column_BT
+
+    def _map(self, move: Callable[[Tensor], Tensor], counts_B: tuple[tuple[int, ...], ...]) -> Tokens:
+        kind, image, tile, row, column = map(move, self._tensors())
+        return Tokens(kind, image, tile, row, column, counts_B, self.phase, self.progress)

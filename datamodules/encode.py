@@ -1,0 +1,122 @@
+"""A conversation as tokens: which of them are supervised, what each of them is, where in its picture it stands.
+
+Shape suffixes: T tokens, N pictures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import ProcessorMixin
+
+from datamodules.images import open_image
+from datamodules.records import BadSampleError, Record
+from datamodules.templates import Message, Rendered, Template, render
+from routing.tokens import NOWHERE, TokenKind
+
+IGNORED = -100  # label of a token that is not supervised
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row of a batch.
+
+    Args:
+        ids_T: Token numbers.
+        labels_T: The same where supervised, -100 elsewhere.
+        kind_T: ``TokenKind`` of each token.
+        place_4T: Picture, tile, row and column of vision tokens, -1 elsewhere (4, T).
+        pixels: Pictures as the vision tower takes them (N, …); None for none.
+    """
+
+    ids_T: Tensor
+    labels_T: Tensor
+    kind_T: Tensor
+    place_4T: Tensor
+    pixels: Tensor | None
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns records into rows.
+
+    Args:
+        processor: Hugging Face processor with a tokenizer and an image processor.
+        template: How a conversation becomes text.
+        image_folder: Where the records' image paths begin.
+        max_length: Tokens of a row at most, pictures included.
+    """
+
+    processor: ProcessorMixin
+    template: Template
+    image_folder: Path
+    max_length: int
+
+    def conversation(self, record: Record) -> Encoded:
+        """The whole conversation, to learn from: at least one token is supervised."""
+        encoded = self._encode(record, self.template.conversation(record))
+        if not bool((encoded.labels_T[1:] != IGNORED).any()):
+            raise BadSampleError(f"Record {record.id!r}: no token of it is supervised.", "nothing supervised")
+        return encoded
+
+    def question(self, record: Record, turn: int) -> Encoded:
+        """One question, to be answered."""
+        return self._encode(record, self.template.question(record, turn))
+
+    def _encode(self, record: Record, messages: list[Message]) -> Encoded:
+        tokenizer = self.processor.tokenizer
+        image_token = self.processor.image_token
+        rendered = render(self.template, messages, {"eos_token": tokenizer.eos_token, "image_token": image_token})
+        wanted = rendered.text.count(image_token)
+        images = [open_image(self.image_folder, path, record.id) for path in record.images[:wanted]]
+        written = tokenizer(rendered.text, return_offsets_mapping=True, verbose=False)
+        text_ids, kinds = torch.tensor(written["input_ids"]), _kinds(rendered, written["offset_mapping"])
+        ids, pixels = text_ids, None
+        if images:
+            out = self.processor(text=[rendered.text], images=images, return_tensors="pt")
+            ids, pixels = out["input_ids"][0], out["pixel_values"]
+        if len(ids) > self.max_length:
+            raise BadSampleError(
+                f"Record {record.id!r} has {len(ids)} tokens, max_length is {self.max_length}. Raise max_length,"
+                " shorten the record, or set on_bad_sample: skip.",
+                "too long",
+            )
+        vision, vision_before = ids == self.processor.image_token_id, text_ids == self.processor.image_token_id
+        if int((~vision).sum()) != int((~vision_before).sum()):
+            raise ValueError(
+                f"{type(self.processor).__name__} adds tokens of its own around pictures, so answers cannot be told"
+                " from the rest: use a processor that repeats its image token only, such as LlavaProcessor."
+            )
+        kind = torch.full_like(ids, TokenKind.VISION)
+        kind[~vision] = kinds[~vision_before]
+        labels = torch.where(kind == TokenKind.ANSWER, ids, IGNORED)
+        return Encoded(ids, labels, kind, _places(vision, pixels, self.processor), pixels)
+
+
+def _kinds(rendered: Rendered, offsets: list[tuple[int, int]]) -> Tensor:
+    """The part that each token of the unexpanded text plays; a token belongs to an answer if any of it does."""
+    begin, end = torch.tensor(offsets).unbind(1)
+    kind = torch.where(end <= rendered.head, int(TokenKind.SYSTEM), int(TokenKind.QUESTION))
+    for start, stop in rendered.answers:
+        kind[(end > start) & (begin < stop)] = TokenKind.ANSWER
+    return kind
+
+
+def _places(vision: Tensor, pixels: Tensor | None, processor: ProcessorMixin) -> Tensor:
+    """Picture, tile, row and column, where every picture is one grid of patches; unknown rows and columns otherwise."""
+    place = torch.full((4, len(vision)), NOWHERE)
+    place[:2, vision] = 0
+    patch = getattr(processor, "patch_size", None)
+    if pixels is None or patch is None or pixels.ndim != 4:
+        return place
+    rows, columns = (side // patch for side in pixels.shape[-2:])
+    if int(vision.sum()) == len(pixels) * rows * columns:
+        number = torch.arange(int(vision.sum()))
+        image, patch_number = number // (rows * columns), number % (rows * columns)
+        place[:, vision] = torch.stack(
+            [image, torch.zeros_like(image), patch_number // columns, patch_number % columns]
+        )
+    return place

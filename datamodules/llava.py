@@ -1,0 +1,194 @@
+"""The datamodule for LLaVA-format data: a JSON list of conversations and a folder of pictures."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, is_dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from transformers import AutoProcessor, ProcessorMixin
+
+from datamodules.collate import QuestionCollator, TrainingCollator
+from datamodules.dataset import Conversations, Questions
+from datamodules.encode import Encoder
+from datamodules.loader import ReportingLoader, WindowLoader
+from datamodules.records import ImageOrder, Record, SkipPolicy, describe, majority_answers, read_records
+from datamodules.templates import VICUNA, Template, TemplateName
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """What a split holds.
+
+    Args:
+        scenes: Different pictures.
+        questions: Questions, those without a picture included.
+        kinds: Questions of each kind.
+        scans: Different handwritten scans in its pictures; None where that means nothing.
+    """
+
+    scenes: int
+    questions: int
+    kinds: dict[str, int]
+    scans: int | None = None
+
+
+class LlavaData(L.LightningDataModule):
+    """LLaVA-format conversations about pictures.
+
+    Training reads whole conversations; validation, test and prediction ask every question by itself.
+
+    Args:
+        train: Path of the training JSON; None if there is no training.
+        val: Path of the validation JSON, or None.
+        test: Path of the test JSON, or None; prediction reads it too.
+        image_folder: Folder that the records' image paths are relative to; images outside it are refused.
+        processor: Folder or hub name of the Hugging Face processor.
+        template: ``instruct`` (vicuna v1, loss on the answers) or ``plain`` (caption pre-training).
+        system: System sentence of ``instruct``; empty for none.
+        image_order: ``first`` puts a turn's pictures before its words, as LLaVA does; ``as_written`` leaves them. A
+            record's own ``image_order`` wins.
+        batch_size: Conversations of a training batch, per device.
+        eval_batch_size: Questions of an evaluation batch, per device.
+        max_length: Tokens of a row at most, those of the pictures included.
+        num_workers: Processes that read and encode, per device; 0 for none.
+        seed: Of the order of the training rows.
+        on_bad_sample: ``raise`` stops at a record that cannot be used; ``skip`` counts it and goes on.
+        max_bad_fraction: Share of bad records, in [0, 1], above which ``skip`` stops too.
+    """
+
+    def __init__(
+        self,
+        train: str | None = None,
+        val: str | None = None,
+        test: str | None = None,
+        image_folder: str = ".",
+        processor: str = "llava-hf/llava-1.5-7b-hf",
+        template: TemplateName = "instruct",
+        system: str = VICUNA,
+        image_order: ImageOrder = "first",
+        batch_size: int = 16,
+        eval_batch_size: int = 32,
+        max_length: int = 2048,
+        num_workers: int = 0,
+        seed: int = 0,
+        on_bad_sample: Literal["raise", "skip"] = "raise",
+        max_bad_fraction: float = 0.01,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        # A checkpoint holds plain values, never objects of ours.
+        self.hparams.update({key: asdict(v) for key, v in self.hparams.items() if is_dataclass(v)})  # type: ignore[arg-type]
+        self.paths = {"train": train, "val": val, "test": test}
+        self.image_folder = Path(image_folder)
+        self.processor_path = processor
+        self.template = Template(template, system, image_order)
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.max_length, self.num_workers, self.seed = max_length, num_workers, seed
+        self.policy = SkipPolicy(on_bad_sample, max_bad_fraction)
+        self.records: dict[str, list[Record]] = {}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads every JSON that is given, once; pictures are read when they are needed."""
+        if self.records:
+            return
+        skipped: Counter[str] = Counter()
+        for split, path in self.paths.items():
+            if path is not None:
+                self.records[split], found = read_records(Path(path), self.policy)
+                skipped.update(found)
+        if skipped:
+            rank_zero_warn(f"Records skipped: {describe(skipped)}.")
+
+    @cached_property
+    def processor(self) -> ProcessorMixin:
+        """The processor, with the tokenizer and its padding and end tokens."""
+        processor = AutoProcessor.from_pretrained(self.processor_path)
+        tokenizer = processor.tokenizer
+        if tokenizer.eos_token is None:
+            raise ValueError(f"The tokenizer of {self.processor_path} has no end token: set its eos_token and save it.")
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        return processor
+
+    @property
+    def pad_id(self) -> int:
+        """The padding token."""
+        return int(self.processor.tokenizer.pad_token_id)
+
+    @property
+    def eos_id(self) -> int:
+        """The token that ends an answer."""
+        return int(self.processor.tokenizer.eos_token_id)
+
+    @property
+    def majority(self) -> dict[str, str]:
+        """The most frequent answer of the training split to each kind of question: the baseline to beat."""
+        return majority_answers(self.records.get("train", []))
+
+    def summary(self) -> dict[str, SplitSummary]:
+        """What each split holds."""
+        return {split: self._summarise(records) for split, records in self.records.items()}
+
+    def _summarise(self, records: list[Record]) -> SplitSummary:
+        kinds = Counter(turn.kind for record in records for turn in record.turns)
+        pictures = {image for record in records for image in record.images}
+        return SplitSummary(len(pictures), kinds.total(), dict(sorted(kinds.items())))
+
+    @property
+    def encoder(self) -> Encoder:
+        """What turns records into rows."""
+        return Encoder(self.processor, self.template, self.image_folder, self.max_length)
+
+    def train_dataloader(self) -> WindowLoader:
+        """Shuffled conversations, with the supervised tokens of each accumulation window."""
+        dataset = Conversations(self._split("train"), self.encoder, self.policy)
+        trainer = self.trainer
+        return WindowLoader(
+            dataset,
+            batch_size=self.batch_size,
+            shuffle=True,
+            generator=torch.Generator().manual_seed(self.seed),
+            collate_fn=TrainingCollator(self.pad_id),
+            window=1 if trainer is None else trainer.accumulate_grad_batches,
+            limit=1.0 if trainer is None else trainer.limit_train_batches,
+            **self._loading(),
+        )
+
+    def val_dataloader(self) -> ReportingLoader:
+        """Questions of the validation split, in order."""
+        return self._questions("val")
+
+    def test_dataloader(self) -> ReportingLoader:
+        """Questions of the test split, in order."""
+        return self._questions("test")
+
+    def predict_dataloader(self) -> ReportingLoader:
+        """Questions of the test split, in order."""
+        return self._questions("test")
+
+    def _questions(self, split: str) -> ReportingLoader:
+        dataset = Questions(self._split(split), self.encoder, self.policy)
+        collator = QuestionCollator(self.pad_id)
+        return ReportingLoader(dataset, batch_size=self.eval_batch_size, collate_fn=collator, **self._loading())
+
+    def _loading(self) -> dict[str, Any]:
+        return {
+            "policy": self.policy,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
+
+    def _split(self, split: str) -> list[Record]:
+        if split not in self.records:
+            raise ValueError(
+                f"There is no {split} data: {split}={self.paths[split]!r}. Give {split} the path of a"
+                " LLaVA-format JSON."
+            )
+        return self.records[split]

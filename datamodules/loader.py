@@ -1,0 +1,64 @@
+"""Data loaders that report skipped records, and that know how much is supervised until the next optimizer step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader
+
+from datamodules.records import SkipPolicy, describe
+
+
+class ReportingLoader(DataLoader[Any]):
+    """Counts the records that its workers skipped, and says so once.
+
+    Args:
+        policy: How many may be skipped.
+        kwargs: What ``torch.utils.data.DataLoader`` takes.
+    """
+
+    def __init__(self, *args: Any, policy: SkipPolicy = SkipPolicy(), **kwargs: Any) -> None:  # noqa: B008
+        super().__init__(*args, **kwargs)
+        self.policy, self.reported = policy, False
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        skipped, seen = Counter[str](), 0
+        try:
+            for batch in super().__iter__():
+                found = batch.pop("skipped")
+                seen += len(batch["input_ids"]) + len(found)
+                skipped.update(found)
+                self.policy.check(skipped, max(seen, 100))
+                yield batch
+        finally:  # whoever iterates may stop early
+            if skipped and not self.reported:
+                self.reported = True
+                rank_zero_warn(f"Records skipped: {describe(skipped)}.")
+
+
+class WindowLoader(ReportingLoader):
+    """Reads as many batches ahead as one optimizer step takes, and tells each how many tokens they supervise in all.
+
+    The loss is a mean over the supervised tokens of all these batches, which the first of them cannot know otherwise.
+
+    Args:
+        window: Batches per optimizer step (``accumulate_grad_batches``), at least 1.
+        limit: How much of an epoch the trainer uses (``limit_train_batches``): a number of batches, or a share.
+        kwargs: What ``ReportingLoader`` takes.
+    """
+
+    def __init__(self, *args: Any, window: int = 1, limit: int | float = 1.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.window, self.limit = window, limit
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        used = self.limit if isinstance(self.limit, int) else int(len(self) * self.limit)
+        batches = islice(super().__iter__(), used)
+        while window := list(islice(batches, self.window)):
+            supervised = sum(len(batch["targets_N"]) for batch in window)
+            for batch in window:
+                yield batch | {"supervised_in_window": supervised, "batches_in_window": len(window)}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from routing import (
     All,
@@ -14,7 +14,6 @@ from routing import (
     CapacitySchedule,
     Decoder,
     ExpertChoice,
-    Gate,
     LinearRouter,
     Placement,
     RouterSpec,
@@ -22,14 +21,12 @@ from routing import (
     ScaledPassing,
     Sharing,
     ShiftedCosine,
-    Site,
     TanhNorm,
     TokenKind,
     Tokens,
     Weighting,
     count_of,
     register,
-    route_layer,
 )
 
 
@@ -91,12 +88,7 @@ class ProgressiveDepths(RoutingPlugin):
     def apply(self, decoder: Decoder) -> None:
         vision = (TokenKind.VISION,)
         selector = ExpertChoice(vision) if self.rank_on == "router" else PublishedTopK(vision, self.weighting)
-
-        def wrap(layer: nn.Module, site: Site) -> nn.Module:
-            gate = Gate(site, routers[site], self.weighting, selector, self.capacity, decoder.tape)
-            return route_layer(layer, decoder.mlp(layer), gate, ScaledPassing())
-
-        sites = [site for site in decoder.sites(self.placement) if self.capacity(site.depth) < 1]
-        routers = {site: decoder.router(self.router, site, self.sharing) for site in sites}
-        for site in sites:
-            decoder.wrap_layer(site, wrap)
+        for site in decoder.sites(self.placement):
+            if self.capacity(site.depth) < 1:
+                gate = decoder.gate(site, self.router, self.weighting, selector, self.capacity, self.sharing)
+                decoder.route_layer(site, gate, ScaledPassing())

@@ -10,10 +10,16 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from routing.capacity import CapacitySchedule
+from routing.gate import Gate
+from routing.layer import route_layer
+from routing.merge import Merge
 from routing.placement import Placement
 from routing.router import Router, RouterSpec
+from routing.select import Selector
 from routing.tape import Part, RoutingTape, Site
 from routing.tokens import Phase, TokenKind, Tokens
+from routing.weighting import Weighting
 
 Sharing = Literal["separate", "shared"]
 Wrap = Callable[[nn.Module, Site], nn.Module]
@@ -69,6 +75,22 @@ class Decoder:
     def sites(self, placement: Placement, part: Part = "layer") -> tuple[Site, ...]:
         """The places that a placement names, first layer first."""
         return tuple(Site(layer, len(self), part, self._by) for layer in placement(len(self)))
+
+    def route_layer(self, site: Site, gate: Gate, merge: Merge) -> None:
+        """Claims a whole layer for depth routing: tokens that ``gate`` keeps go through it, the others pass it by."""
+        self.wrap_layer(site, lambda layer, _: route_layer(layer, self.mlp(layer), gate, merge))
+
+    def gate(
+        self,
+        site: Site,
+        router: RouterSpec,
+        weighting: Weighting,
+        selector: Selector,
+        capacity: CapacitySchedule,
+        sharing: Sharing = "separate",
+    ) -> Gate:
+        """The decision at a site, with a router of its own or one that all sites of this plugin share."""
+        return Gate(site, self.router(router, site, sharing), weighting, selector, capacity, self.tape)
 
     def router(self, spec: RouterSpec, site: Site, sharing: Sharing, experts: int = 1) -> Router:
         """A new router for this site, or the one that all sites of this plugin share; on the model's root."""

@@ -169,12 +169,8 @@ class Forced(RoutingPlugin):
 
     def apply(self, decoder):
         for site in decoder.sites(All()):
-            router = decoder.router(LinearRouter(std=0.0), site, "separate")
-            gate = Gate(site, router, TanhNorm(), ExpertChoice(), Constant(self.share), decoder.tape)
-            mlp = decoder.mlp(decoder.layers[site.layer])
-            decoder.wrap_layer(
-                site, lambda layer, _, mlp=mlp, gate=gate: route_layer(layer, mlp, gate, ScaledPassing())
-            )
+            gate = decoder.gate(site, LinearRouter(std=0.0), TanhNorm(), ExpertChoice(), Constant(self.share))
+            decoder.route_layer(site, gate, ScaledPassing())
 
 
 def test_p4_a_zero_router_at_full_capacity_is_the_dense_layer_bit_for_bit():

@@ -1,0 +1,23 @@
+"""Training: a routed vision-language model, where it comes from, what trains in it, and how it is judged."""
+
+from lit_modules.backbones import Backbone, FromConfig, Pretrained
+from lit_modules.evaluation import Generation
+from lit_modules.objectives import LanguageModelling, Objective, Step
+from lit_modules.optimization import Optimization
+from lit_modules.routed_vlm import RoutedVLM
+from lit_modules.specs import to_spec
+from lit_modules.tiny_llava import TinyLlava
+
+__all__ = [
+    "Backbone",
+    "FromConfig",
+    "Generation",
+    "LanguageModelling",
+    "Objective",
+    "Optimization",
+    "Pretrained",
+    "RoutedVLM",
+    "Step",
+    "TinyLlava",
+    "to_spec",
+]

@@ -1,0 +1,45 @@
+"""Whether a checkpoint belongs to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+from torch import Tensor
+
+KEY = "architecture"
+Shapes = Mapping[str, list[int]]
+
+
+def shapes(state: Mapping[str, object]) -> dict[str, list[int]]:
+    """Shape of every tensor; stored in checkpoints, because a sharded one holds no tensors where hooks can see them."""
+    return {name: list(tensor.shape) for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+
+def check(checkpoint: Mapping[str, object], model: Shapes) -> None:
+    """Refuses a checkpoint whose tensors have other names or shapes than the model's."""
+    stored = cast(Shapes | None, checkpoint.get(KEY))
+    if stored is None:
+        stored = shapes(cast(Mapping[str, object], checkpoint.get("state_dict", {})))
+    if not stored or dict(stored) == dict(model):
+        return
+    differences = {
+        "only in the checkpoint": sorted(stored.keys() - model.keys()),
+        "only in the model": sorted(model.keys() - stored.keys()),
+        "of another shape": [
+            f"{name} {stored[name]} against {model[name]}"
+            for name in sorted(stored.keys() & model.keys())
+            if stored[name] != model[name]
+        ],
+    }
+    lines = [
+        f"{len(names)} {what}: {', '.join(names[:2])}{', …' * (len(names) > 2)}"
+        for what, names in differences.items()
+        if names
+    ]
+    raise ValueError(
+        "The checkpoint holds another architecture than the configured one. Tensors:\n  "
+        + "\n  ".join(lines)
+        + "\nAllowed: the backbone and plugins that it was trained with; other capacities and data are fine.\n"
+        "Use the config.yaml beside that run's checkpoints, or leave out `ckpt_path`."
+    )

@@ -1,0 +1,125 @@
+"""LightningCLI with plugins merged by name, short errors, and configs that beat checkpoints."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NoReturn
+
+from jsonargparse import ActionConfigFile, set_parsing_settings
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lit_modules.complaints import explain
+
+PLUGINS = "model.init_args.plugins"
+BASES = {
+    "model": LightningModule,
+    "data": LightningDataModule,
+    "trainer": Trainer,
+    "trainer.logger": Logger,
+    "trainer.callbacks": Callback,
+}
+
+
+def run(args: list[str], *, default_config: Path, ours: Iterable[str]) -> None:
+    """Parses and runs one command.
+
+    Args:
+        args: As from the shell.
+        default_config: Config that is read before all others.
+        ours: Packages whose ValueErrors are about what the user gave, and need no traceback.
+
+    Raises:
+        SystemExit: with code 2 after a mistake of the user's.
+    """
+    # A config is data that may come from a stranger: it may not name what runs commands.
+    set_parsing_settings(import_path_denylist=[], import_path_allowlist=[])
+    subparser = {"default_config_files": [str(default_config)], "allow_abbrev": False}
+    try:
+        RoutingCLI(
+            LightningModule,
+            LightningDataModule,
+            args=args,
+            parser_class=Parser,
+            parser_kwargs={"prog": "python -m lit", "allow_abbrev": False}
+            | {command: dict(subparser) for command in LightningCLI.subcommands()},
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            # RoutedVLM writes its own specs, the same from YAML and from Python.
+            load_from_checkpoint_support=False,
+        )
+    except (ValueError, MisconfigurationException) as error:
+        if os.environ.get("LIT_TRACEBACK") or not _is_users(error, set(ours)):
+            raise
+        complain(str(error))
+        raise SystemExit(2) from error
+
+
+def _is_users(error: Exception, ours: set[str]) -> bool:
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    return isinstance(error, MisconfigurationException) or package in ours | {"jsonargparse"}
+
+
+def complain(message: str, parser: LightningArgumentParser | None = None) -> None:
+    """Prints a mistake in at most ten lines."""
+    options = [] if parser is None else [o for o in parser._option_string_actions if o.startswith("--")]
+    sys.stderr.write(f"error: {explain(message, options, BASES)}\n")
+
+
+class MergedConfigs(ActionConfigFile):
+    """A later ``--config`` keeps the plugins of the earlier ones that it does not name."""
+
+    @staticmethod
+    def apply_config(parser: LightningArgumentParser, cfg, dest: str, value: str) -> None:  # type: ignore[no-untyped-def]
+        before = cfg.get(PLUGINS) or {}
+        ActionConfigFile.apply_config(parser, cfg, dest, value)
+        if before:
+            cfg[PLUGINS] = {**before, **(cfg.get(PLUGINS) or {})}
+
+
+class Parser(LightningArgumentParser):
+    """Answers mistakes in a few lines instead of two screens of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # an inner parser: the outer one knows the whole path
+            super().error(message, ex)
+        complain(message, getattr(ex, "subcommand_parser", None) or self)
+        raise SystemExit(2) from ex
+
+
+class RoutingCLI(LightningCLI):
+    """fit, validate, test and predict, from YAML."""
+
+    def init_parser(self, **kwargs: object) -> LightningArgumentParser:
+        parser = self.parser_class(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action=MergedConfigs, help="YAML file; several are merged, later ones win."
+        )
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would let the checkpoint's hyper-parameters beat the config and the command line."""
+
+    def _say_where_logs_are(self) -> None:
+        @rank_zero_only
+        def say() -> None:
+            logger = self.trainer.logger
+            if logger is not None and logger.save_dir:
+                print(f"\nLogs of this run: {self.trainer.log_dir}\nShow them: tensorboard --logdir {logger.save_dir}")
+
+        say()
+
+    after_fit = after_validate = after_test = after_predict = _say_where_logs_are

@@ -1,0 +1,80 @@
+"""Drawings of what was routed, without matplotlib.
+
+Shape suffixes: H height and W width in pixels, R rows and C columns of patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from routing import KeptTokens, RoutingRecord, TokenKind
+
+MARGIN, CAPTION, FONT = 6, 18, 12
+DIMMED = 0.25  # brightness of a patch that passed a layer by
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One picture of a sheet.
+
+    Args:
+        caption: Text above it.
+        pixels_HW3: What it shows, uint8.
+    """
+
+    caption: str
+    pixels_HW3: np.ndarray
+
+
+def kept_patches(record: RoutingRecord, row: int, image: int, shape: tuple[int, int]) -> Tensor:
+    """True where a patch of that picture was kept; bool (R, C), on the CPU."""
+    tokens, decision = record.tokens, record.decision
+    assert isinstance(decision, KeptTokens)
+    ours_T = (tokens.kind_BT[row] == TokenKind.VISION) & (tokens.image_BT[row] == image)
+    kept_N = decision.keep_BT()[row][ours_T].cpu()
+    grid_RC = torch.zeros(shape, dtype=torch.bool)
+    grid_RC[tokens.row_BT[row][ours_T].long().cpu(), tokens.column_BT[row][ours_T].long().cpu()] = kept_N
+    return grid_RC
+
+
+def picture(pixels_3HW: Tensor, scale: int) -> np.ndarray:
+    """A normalised image as uint8 (H * scale, W * scale, 3): its darkest value black, its brightest white."""
+    x = pixels_3HW.float().cpu()
+    x = (x - x.min()) / (x.max() - x.min()).clamp_min(1e-6)
+    small = (x * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return small.repeat(scale, 0).repeat(scale, 1)
+
+
+def lit(pixels_HW3: np.ndarray, kept_RC: Tensor) -> np.ndarray:
+    """The picture with every patch dimmed that was not kept."""
+    height, width = pixels_HW3.shape[:2]
+    rows, columns = kept_RC.shape
+    mask_HW = kept_RC.numpy().repeat(height // rows, 0).repeat(width // columns, 1)
+    light_HW = np.full((height, width), DIMMED)
+    light_HW[: mask_HW.shape[0], : mask_HW.shape[1]][mask_HW] = 1.0
+    return (pixels_HW3 * light_HW[..., None]).astype(np.uint8)
+
+
+def sheet(title: str, tiles: Sequence[Tile], columns: int) -> np.ndarray:
+    """Tiles in rows under a title; uint8 (H, W, 3)."""
+    height, width = (max(tile.pixels_HW3.shape[axis] for tile in tiles) for axis in (0, 1))
+    rows = -(-len(tiles) // columns)
+    size = (
+        columns * (width + MARGIN) + MARGIN,
+        2 * MARGIN + CAPTION + rows * (height + CAPTION + MARGIN),
+    )
+    canvas = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=FONT)
+    draw.text((MARGIN, MARGIN), title, fill="black", font=font)
+    for number, tile in enumerate(tiles):
+        x = MARGIN + number % columns * (width + MARGIN)
+        y = MARGIN + CAPTION + number // columns * (height + CAPTION + MARGIN)
+        draw.text((x, y), tile.caption, fill="black", font=font)
+        canvas.paste(Image.fromarray(tile.pixels_HW3), (x, y + CAPTION))
+    return np.asarray(canvas)

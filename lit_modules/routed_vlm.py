@@ -1,0 +1,209 @@
+"""A Hugging Face vision-language model whose decoder is routed by plugins, as a LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from lit_modules import architecture, parts, report
+from lit_modules.activation_checkpointing import recompute_layers
+from lit_modules.backbones import Backbone
+from lit_modules.batches import model_inputs, number
+from lit_modules.evaluation import Evaluation, Generation, Score, tags
+from lit_modules.logits import logits_only_at
+from lit_modules.objectives import LanguageModelling, Objective, Step
+from lit_modules.optimization import Optimization
+from lit_modules.specs import to_spec
+from routing import RoutingPlugin, RoutingTape, attach
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DEFAULT_PARTS = {"projector": 2e-5, "language_model": 2e-5, "routers": 2e-5}
+
+
+class RoutedVLM(LightningModule):
+    """A vision-language model, the plugins that route its decoder, and how it trains.
+
+    Args:
+        backbone: Builds the dense model.
+        plugins: Routing strategies by name. Configs are merged by name; ``enabled: false`` removes one.
+        parts: Learning rate of each part that trains: ``vision``, ``projector``, ``language_model``, ``routers``, or a
+            regular expression found in parameter names. The last entry that matches a parameter decides; 0 freezes.
+            By default all but ``vision``, at 2e-5.
+        optimization: Weight decay, momenta, warm-up.
+        objective: What is trained for; the plugins' auxiliary losses are added.
+        generation: How answers are made when the model is judged.
+        checkpoint_activations: Whether layers are recomputed in the backward pass, which saves memory and costs time.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        plugins: dict[str, RoutingPlugin] | None = None,
+        parts: dict[str, float] | None = None,
+        optimization: Optimization = Optimization(),  # noqa: B008  (frozen)
+        objective: Objective = LanguageModelling(),  # noqa: B008  (frozen)
+        generation: Generation = Generation(),  # noqa: B008  (frozen)
+        checkpoint_activations: bool = False,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.plugins, self.parts = backbone, plugins or {}, parts or DEFAULT_PARTS
+        self.optimization, self.objective, self.generation = optimization, objective, generation
+        self.checkpoint_activations = checkpoint_activations
+        self.model: PreTrainedModel | None = None
+        self.tape = RoutingTape()
+        self.rates: dict[str, float] = {}
+        self.evaluation: Evaluation | None = None
+        self.scores: list[Score] = []
+        self.total_steps = 0.0
+        self.save_hyperparameters(self._spec())
+
+    def _spec(self) -> dict[str, object]:
+        names = ("backbone", "plugins", "parts", "optimization", "objective", "generation", "checkpoint_activations")
+        instantiator = {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
+        own = f"{type(self).__module__}.{type(self).__qualname__}"
+        return {name: to_spec(getattr(self, name)) for name in names} | instantiator | {"_class_path": own}
+
+    def configure_model(self) -> None:
+        if self.model is not None:
+            return
+        model = self.backbone.build()
+        self.tape = attach(model, self.plugins)
+        self.rates = parts.choose(model, self.parts)
+        parts.freeze_all_but(model, self.rates)
+        if self.checkpoint_activations:
+            recompute_layers(model)
+        # Hugging Face answers in evaluation mode, and Lightning leaves modes as it finds them.
+        self.model = model.train()
+
+    def setup(self, stage: str) -> None:
+        self.evaluation = Evaluation(getattr(self.trainer, "datamodule", None).majority)
+
+    # Training
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        assert self.model is not None
+        parts.check_precision(self.model, mixed="mixed" in str(self.trainer.precision))
+        self.total_steps = self.trainer.estimated_stepping_batches
+        optimizer = self.optimization.optimizer(self.model, self.rates)
+        schedule = self.optimization.schedule(optimizer, self.total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: Mapping[str, object], batch_idx: int) -> Tensor:
+        self.tape.progress = min(1.0, self.global_step / self.total_steps)
+        step = self.forward_step(batch)
+        supervised = max(len(step.logits_NV), 1)
+        losses = self.objective(step)
+        self.log_dict({f"loss/{n}": v.detach() / step.per_token / supervised for n, v in losses.items()}, prog_bar=True)
+        auxiliary = self._auxiliary(step)
+        self.log_dict({f"loss/{name}": loss.detach() for name, loss in auxiliary.items()})
+        # Lightning divides by the configured number of batches even where an epoch's last window is shorter.
+        share = self.trainer.accumulate_grad_batches / number(batch, "batches_in_window")
+        return torch.stack([*losses.values(), *(share * loss for loss in auxiliary.values())]).sum()
+
+    def forward_step(self, batch: Mapping[str, object]) -> Step:
+        """One training forward, with logits at the supervised positions only."""
+        assert self.model is not None
+        positions_N = batch["positions_N"]
+        with (
+            self.tape.about(batch["tokens"]),
+            self.tape.recording() as records,
+            logits_only_at(self.model, positions_N),
+        ):
+            # Right padding needs no mask under causal attention, and a mask would cost the flash kernel.
+            output = self.model(**model_inputs(batch), use_cache=False)
+        return Step(batch, output.logits, records, self._per_token(number(batch, "supervised_in_window")))
+
+    def _per_token(self, supervised: int) -> float | Tensor:
+        trainer = self.trainer
+        scale = trainer.accumulate_grad_batches * trainer.world_size
+        if trainer.world_size == 1:
+            return scale / max(supervised, 1)
+        total = torch.tensor(float(supervised), device=self.device)
+        return scale / trainer.strategy.reduce(total, reduce_op="sum").clamp_min(1)
+
+    def _auxiliary(self, step: Step) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = {}
+        for name, plugin in self.plugins.items():
+            records = [record for record in step.records if record.site.by == name]
+            for loss in plugin.losses if plugin.enabled and records else ():
+                mean = torch.stack([loss(record) for record in records]).mean()
+                losses[f"{name}_{type(loss).__name__}"] = loss.weight * mean
+        return losses
+
+    # Evaluation
+
+    def answers(self, batch: Mapping[str, object], *, blank: bool = False) -> list[str]:
+        """Greedy answers; ``blank`` replaces every image by its mean colour."""
+        assert self.model is not None
+        inputs = model_inputs(batch, mask=True, blank=blank)
+        tokenizer = self.trainer.datamodule.processor.tokenizer
+        with self.tape.about(batch["tokens"]):
+            ids_BT = self.model.generate(
+                **inputs,
+                max_new_tokens=self.generation.max_new_tokens,
+                do_sample=False,
+                use_cache=False,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        new_BT = ids_BT[:, inputs["input_ids"].shape[1] :]
+        return [answer.strip() for answer in tokenizer.batch_decode(new_BT, skip_special_tokens=True)]
+
+    def validation_step(self, batch: Mapping[str, object], batch_idx: int) -> None:
+        assert self.evaluation is not None
+        answers = self.answers(batch)
+        blank = None
+        if self.generation.asks_blank(batch_idx):
+            blank = self.answers(batch, blank=True) if "pixel_values" in batch else answers
+        self.evaluation.update(batch["kinds"], batch["truths"], answers, blank)
+
+    def on_validation_epoch_end(self) -> None:
+        self._conclude("val")
+
+    def test_step(self, batch: Mapping[str, object], batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self._conclude("test")
+
+    def predict_step(self, batch: Mapping[str, object], batch_idx: int) -> list[dict[str, str]]:
+        columns = (batch["ids"], batch["questions"], batch["kinds"], batch["truths"], self.answers(batch))
+        names = ("id", "question", "kind", "truth", "prediction")
+        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+    def _conclude(self, stage: str) -> None:
+        assert self.evaluation is not None
+        self.scores = self.evaluation.scores()
+        self.evaluation.reset()
+        if self.trainer.sanity_checking:
+            return
+        self.log_dict(tags(self.scores, stage), rank_zero_only=True)
+        if not self.trainer.training and self.trainer.state.fn != "fit":
+            self._print_report()
+
+    def on_fit_end(self) -> None:
+        self._print_report()
+
+    @rank_zero_only
+    def _print_report(self) -> None:
+        summary = self.trainer.datamodule.summary()
+        print(f"\n{report.data_table(summary)}")
+        if self.scores:
+            print(f"\n{report.evaluation_table(self.scores)}")
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
+        checkpoint[architecture.KEY] = architecture.shapes(self.state_dict())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, object]) -> None:
+        self.configure_model()
+        architecture.check(checkpoint, architecture.shapes(self.state_dict()))

@@ -98,6 +98,9 @@ def _answer(leaf: Leaf, options: Sequence[str], bases: Mapping[str, type]) -> An
         return Answer(f"{where}there is no {_name(base)} {match[1]!r}.", *_offer(match[1], concrete(base)))
     if match := re.match(r"(?:Option|Key|Nested key) '([^']+)' is not (?:accepted|expected)", leaf.text):
         return _no_option(where, match[1], leaf.owner, options)
+    if match := re.match(r"Group '([^']+)' does not accept option '([^']+)'", leaf.text):
+        group = _class_at(leaf.owner, match[1])
+        return _no_option(f"{where}{match[1]}: ", match[2], f"{group.__module__}.{group.__name__}", ())
     if match := re.match(r"Subcommand '\w+' does not accept option '([^']+)'", leaf.text):
         section, _, rest = match[1].partition(".")
         if section in bases:
@@ -128,9 +131,12 @@ def _no_option(where: str, path: str, owner: str, options: Sequence[str]) -> Ans
 
 def _base(leaf: Leaf, bases: Mapping[str, type]) -> type:
     if leaf.owner:
-        hint = get_type_hints(_class(leaf.owner).__init__).get(leaf.keys[-1])
-        return next(_classes(hint), object)
+        return _class_at(leaf.owner, leaf.keys[-1])
     return bases.get(leaf.keys[-1] if leaf.keys else "", object)
+
+
+def _class_at(owner: str, argument: str) -> type:
+    return next(_classes(get_type_hints(_class(owner).__init__).get(argument)), object)
 
 
 def _classes(hint: object) -> Iterator[type]:

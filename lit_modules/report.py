@@ -22,10 +22,11 @@ def evaluation_table(scores: Sequence[Score]) -> str:
     return table(("kind", "questions", "exact match", "majority", "blank image"), rows)
 
 
-def data_table(summary: Mapping[str, Mapping[str, object]]) -> str:
-    """One line per split, one column per fact about it."""
-    facts = list(dict.fromkeys(fact for split in summary.values() for fact in split))
-    rows = [(name, *(str(split.get(fact, "")) for fact in facts)) for name, split in summary.items()]
+def data_table(summary: Mapping[str, object]) -> str:
+    """One line per split, one column per count that its summary (any object) holds."""
+    counts = {name: {k: v for k, v in vars(split).items() if isinstance(v, int)} for name, split in summary.items()}
+    facts = list(dict.fromkeys(fact for split in counts.values() for fact in split))
+    rows = [(name, *(str(split.get(fact, "")) for fact in facts)) for name, split in counts.items()]
     return table(("split", *facts), rows)
 
 

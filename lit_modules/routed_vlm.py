@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from lightning import LightningModule
+from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -84,7 +84,17 @@ class RoutedVLM(LightningModule):
         self.model = model.train()
 
     def setup(self, stage: str) -> None:
-        self.evaluation = Evaluation(getattr(self.trainer, "datamodule", None).majority)
+        self.evaluation = Evaluation(self._data.majority)
+
+    @property
+    def _data(self) -> LightningDataModule:
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None:
+            raise ValueError(
+                "RoutedVLM was given data loaders without a datamodule, whose processor writes and reads words.\nPass"
+                " a datamodule, such as datamodules.DigitsVQA() or datamodules.LlavaData(…)."
+            )
+        return data
 
     # Training
 
@@ -144,7 +154,7 @@ class RoutedVLM(LightningModule):
         """Greedy answers; ``blank`` replaces every image by its mean colour."""
         assert self.model is not None
         inputs = model_inputs(batch, mask=True, blank=blank)
-        tokenizer = self.trainer.datamodule.processor.tokenizer
+        tokenizer = self._data.processor.tokenizer
         with self.tape.about(batch["tokens"]):
             ids_BT = self.model.generate(
                 **inputs,
@@ -194,7 +204,7 @@ class RoutedVLM(LightningModule):
 
     @rank_zero_only
     def _print_report(self) -> None:
-        summary = self.trainer.datamodule.summary()
+        summary = self._data.summary()
         print(f"\n{report.data_table(summary)}")
         if self.scores:
             print(f"\n{report.evaluation_table(self.scores)}")

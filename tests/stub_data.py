@@ -38,8 +38,8 @@ class StubData(LightningDataModule):
         self.processor = SimpleNamespace(tokenizer=StubTokenizer())
         self.majority = {"count": "7", "read": "8"}
 
-    def summary(self) -> dict[str, dict[str, object]]:
-        return {"train": {"scenes": 8, "questions": 8}}
+    def summary(self) -> dict[str, object]:
+        return {"train": SimpleNamespace(scenes=8, questions=8, kinds={"count": 8})}
 
     def train_dataloader(self) -> DataLoader[object]:
         batches = [training_batch(seed, self.batch_size) for seed in range(self.batches)]

@@ -84,7 +84,7 @@ def write_digits(root: Path, spec: DigitsSpec, workers: int = 0) -> None:
             (folder / "images" / split).mkdir(parents=True)
             _dump(folder / f"{split}.json", _entries(folder, spec, split, workers))
         scans = (load_scans("train", spec.seed), load_scans("val", spec.seed))
-        tower, share = train_stem(spec.stem, *scans, spec.geometry, spec.seed)
+        tower, share = train_stem(spec.stem, *scans, spec.geometry, spec.seed, workers)
         tower.save_pretrained(folder / "vision_tower")
         _dump(folder / "vision_tower" / "training.json", {"digits_named_right": round(share, 4)})
         (folder / "spec.json").write_text(spec.as_json())

@@ -2,6 +2,7 @@
 
 from lit_modules.backbones import Backbone, FromConfig, Pretrained
 from lit_modules.evaluation import Generation
+from lit_modules.monitor import RoutingMonitor
 from lit_modules.objectives import LanguageModelling, Objective, Step
 from lit_modules.optimization import Optimization
 from lit_modules.routed_vlm import RoutedVLM
@@ -17,6 +18,7 @@ __all__ = [
     "Optimization",
     "Pretrained",
     "RoutedVLM",
+    "RoutingMonitor",
     "Step",
     "TinyLlava",
     "to_spec",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pydoc import locate
@@ -136,7 +137,12 @@ def _base(leaf: Leaf, bases: Mapping[str, type]) -> type:
 
 
 def _class_at(owner: str, argument: str) -> type:
-    return next(_classes(get_type_hints(_class(owner).__init__).get(argument)), object)
+    hints: dict[str, object] = {}
+    # A dataclass's own hints know the module of each inherited field; those of its __init__ do not.
+    for source in (_class(owner).__init__, _class(owner)):
+        with suppress(NameError):
+            hints |= get_type_hints(source)
+    return next(_classes(hints.get(argument)), object)
 
 
 def _classes(hint: object) -> Iterator[type]:

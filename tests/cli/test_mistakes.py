@@ -1,0 +1,110 @@
+"""A mistake is answered in at most ten lines that name the value, what is allowed, and what to do; exit code 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lit
+from lit_modules.command_line import RoutingCLI
+
+ROOT = Path(__file__).parent.parent.parent
+QUICKSTART = str(ROOT / "configs/quickstart.yaml")
+DEPTH = "--model.init_args.plugins.depth"
+BACKBONE = "--model.init_args.backbone"
+
+# arguments -> value, something allowed, remedy
+AT_PARSING = {
+    f"{DEPTH}.class_path=ProgresiveDepths": ("ProgresiveDepths", "ProgressiveDepths", "Did you mean"),
+    f"{DEPTH}.init_args.capcity=0.5": ("capcity", "capacity", "Did you mean"),
+    f"{DEPTH}.init_args.capacity=ShiftdCosine": ("ShiftdCosine", "ShiftedCosine", "Did you mean"),
+    f"{DEPTH}.init_args.capacity.init_args.low=abc": ("abc", "float", "Give"),
+    f"{DEPTH}.init_args.rank_on=luck": ("luck", "'router', 'weight'", "Give one of these"),
+    f"{DEPTH}.init_args.router=LinerRouter": ("LinerRouter", "LinearRouter", "Did you mean"),
+    f"{BACKBONE}=TinyLava": ("TinyLava", "TinyLlava", "Did you mean"),
+    f"{BACKBONE}.init_args.layrs=3": ("layrs", "layers", "Did you mean"),
+    "--data=DigitVQA": ("DigitVQA", "DigitsVQA", "Did you mean"),
+    "--data.init_args.batchsize=3": ("batchsize", "batch_size", "Did you mean"),
+    "--trainer.max_epoch=3": ("max_epoch", "max_epochs", "Did you mean"),
+    "--trainer.max_epochs=few": ("few", "int", "Give"),
+    "--trainer.precision=bf17": ("bf17", "bf16-mixed", "Give"),
+    "--trainer.callbacks+=ModelChekpoint": ("ModelChekpoint", "ModelCheckpoint", "Did you mean"),
+    "--config=configs/quikstart.yaml": ("quikstart", "configs/", "Give the path"),
+}
+
+AT_BUILDING = {
+    f"{DEPTH}.init_args.capacity.init_args.low=1.5": ("1.5", "(0, 1]", ""),
+    "--model.init_args.parts.routrs=1e-3": ("routrs", "vision, projector, language_model, routers", "Nearest: routers"),
+    "--model.init_args.parts.routers=-1": ("-1", ">= 0", "0 freezes"),
+    "--model.init_args.optimization.warmup=3": ("3.0", "[0, 1]", ""),
+    f"{BACKBONE}=FromConfig {BACKBONE}.init_args.path=nosuch.json": ("nosuch.json", "llava_1_5_7b.json", "Give one"),
+    f"{DEPTH}.init_args.placement=Layers {DEPTH}.init_args.placement.init_args.layers=[99]": ("99", "0 to 7", ""),
+    f"{DEPTH}2.class_path=ProgressiveDepths": ("'depth2'", "disjoint placements", "enabled: false"),
+    "--trainer.precision=bf16-true": ("bfloat16", "float32", "bf16-mixed"),
+}
+
+IN_YAML = {
+    "modle: {class_path: RoutedVLM}": ("modle", "model", "Did you mean"),
+    "model: {init_args: {plugin: {a: {class_path: ProgressiveDepths}}}}": ("plugin", "plugins", "Did you mean"),
+    "model: {init_args: {plugins: {a: {class_path: ProgressveDepths}}}}": ("Progressve", "Progressive", "Did you mean"),
+    "trainer: {max_epoch: 3}": ("max_epoch", "max_epochs", "Did you mean"),
+    "model: {init_args: {generation: {max_tokens: 3}}}": ("max_tokens", "max_new_tokens", "Did you mean"),
+    "model: {init_args: {plugins: {a: {class_path: subprocess.run}}}}": ("subprocess.run", "not allowed", ""),
+}
+
+
+def check(error: str, expected: tuple[str, ...]) -> None:
+    assert len(error.splitlines()) <= 10, error
+    assert "Traceback" not in error and error.startswith("error: ")
+    for words in expected:
+        assert words in error
+
+
+def answered(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as exit:
+        lit.main(["fit", "--config", QUICKSTART, *args])
+    assert exit.value.code == 2
+    return capsys.readouterr().err[-2000:]
+
+
+@pytest.fixture
+def only_parsing(monkeypatch):
+    """A mistake that goes unnoticed must not start the real job."""
+    monkeypatch.setattr(RoutingCLI, "before_instantiate_classes", lambda self: pytest.fail("nobody complained"))
+
+
+@pytest.mark.parametrize("args", AT_PARSING, ids=str)
+def test_at_parsing(args, capsys, only_parsing):
+    check(answered(args.split(), capsys), AT_PARSING[args])
+
+
+@pytest.mark.parametrize("args", AT_BUILDING, ids=str)
+def test_at_building(args, capsys, tiny):
+    error = answered([*tiny, *args.split()], capsys)
+    check(error[error.rindex("error: ") :], AT_BUILDING[args])
+
+
+@pytest.mark.parametrize("text", IN_YAML, ids=str)
+def test_in_yaml(text, capsys, tmp_path, only_parsing):
+    (tmp_path / "given.yaml").write_text(text + "\n")
+    check(answered([f"--config={tmp_path / 'given.yaml'}"], capsys), IN_YAML[text])
+
+
+@pytest.mark.parametrize("given", [f"{DEPTH}.class_path=ProgresiveDepths", f"{BACKBONE}.init_args.heads=3"])
+def test_as_a_stranger_sees_it(given, tmp_path):
+    command = [sys.executable, str(ROOT / "lit.py"), "fit", "--config", QUICKSTART, given]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.returncode == 2
+    assert given.partition("=")[2] in done.stderr
+    assert len([line for line in done.stderr.splitlines() if "Seed set" not in line]) <= 10, done.stderr
+
+
+def test_an_error_of_ours_keeps_its_traceback(monkeypatch, tiny):
+    from lit_modules import RoutedVLM
+
+    monkeypatch.setattr(RoutedVLM, "setup", lambda self, stage: [].index(1))
+    with pytest.raises(ValueError, match="not in list"):
+        lit.main(["fit", "--config", QUICKSTART, *tiny])

@@ -163,6 +163,8 @@ class RoutedVLM(LightningModule):
                 use_cache=False,
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=tokenizer.eos_token_id,
+                # A model that answers with an image token would be asked for that image in the next step.
+                suppress_tokens=[self.model.config.image_token_id],
             )
         new_BT = ids_BT[:, inputs["input_ids"].shape[1] :]
         return [answer.strip() for answer in tokenizer.batch_decode(new_BT, skip_special_tokens=True)]

@@ -12,6 +12,7 @@ from datamodules.encode import Encoded, Encoder
 from datamodules.records import BadSampleError, Record, SkipPolicy, Turn
 
 T = TypeVar("T")
+BLOCK = 512  # questions that are put in order of the length of their answers, so that short ones need not wait
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,9 @@ class Questions(Dataset[Fetched[Asked]]):
 
     def __init__(self, records: Sequence[Record], encoder: Encoder, policy: SkipPolicy) -> None:
         self.encoder, self.policy = encoder, policy
-        self.asked = [(record, turn) for record in records for turn in range(len(record.turns))]
+        asked = [(record, turn) for record in records for turn in range(len(record.turns))]
+        blocks = [asked[start : start + BLOCK] for start in range(0, len(asked), BLOCK)]
+        self.asked = [one for block in blocks for one in sorted(block, key=_answer_length)]
 
     def __len__(self) -> int:
         return len(self.asked)
@@ -71,6 +74,11 @@ class Questions(Dataset[Fetched[Asked]]):
         record, turn = self.asked[index]
         name = record.id if len(record.turns) == 1 else f"{record.id}/{turn}"
         return _attempt(lambda: Asked(self.encoder.question(record, turn), name, record.turns[turn]), self.policy)
+
+
+def _answer_length(asked: tuple[Record, int]) -> int:
+    record, turn = asked
+    return len(record.turns[turn].answer.split())
 
 
 def _attempt(make: Callable[[], T], policy: SkipPolicy) -> Fetched[T]:

@@ -161,15 +161,15 @@ class LlavaData(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> ReportingLoader:
-        """Questions of the validation split, in order."""
+        """Questions of the validation split, those with short answers first."""
         return self._questions("val")
 
     def test_dataloader(self) -> ReportingLoader:
-        """Questions of the test split, in order."""
+        """Questions of the test split, those with short answers first."""
         return self._questions("test")
 
     def predict_dataloader(self) -> ReportingLoader:
-        """Questions of the test split, in order."""
+        """Questions of the test split, those with short answers first."""
         return self._questions("test")
 
     def _questions(self, split: str) -> ReportingLoader:

@@ -91,7 +91,7 @@ def largest(scene: Scene, rng: np.random.Generator) -> list[Question]:
 
 def caption(scene: Scene, rng: np.random.Generator) -> list[Question]:
     """Every digit with its cell, in reading order."""
-    answer = " , ".join(f"{item.digit} at the {item.cell}" for item in scene.digits)
+    answer = " , ".join(f"{item.digit} {item.cell}" for item in scene.digits)
     return [Question("caption", "Describe the picture .", answer, _patches(*scene.digits))]
 
 

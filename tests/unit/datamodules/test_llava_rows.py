@@ -113,6 +113,11 @@ def test_questions_are_asked_one_by_one_left_padded(llava: Make) -> None:
     }
 
 
+def test_short_answers_come_first(digits: DigitsVQA) -> None:
+    lengths = [len(truth.split()) for batch in digits.test_dataloader() for truth in batch["truths"]]
+    assert lengths == sorted(lengths) and len(lengths) == 6 * (4 + 1)
+
+
 def test_the_prompt_of_a_first_question_is_the_start_of_its_training_row(llava: Make) -> None:
     data = llava([talk(PICTURE + "Is there a 4 ?", "yes", image="a.png")])
     (prompt,), (row,) = next(iter(data.val_dataloader()))["input_ids"], _train(data)["input_ids"]

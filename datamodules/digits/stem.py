@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ class StemSpec:
         steps: Training steps; 0 leaves the tower untrained.
         batch_size: Pictures of a step.
         learning_rate: Peak of the one-cycle schedule.
+        device: Where it is trained: ``cpu``, or ``cuda`` for long trainings. The weights differ a little between them.
     """
 
     hidden_size: int = 96
@@ -42,6 +44,7 @@ class StemSpec:
     steps: int = 600
     batch_size: int = 8
     learning_rate: float = 4e-3
+    device: Literal["cpu", "cuda"] = "cpu"
 
     def __post_init__(self) -> None:
         if self.hidden_size % (4 * self.heads) or min(self.layers, self.batch_size) < 1 or self.steps < 0:
@@ -61,8 +64,9 @@ def train_stem(
         if spec.steps:
             variants = min(1 + spec.steps // 100, MOST_VARIANTS)
             painter = Painter(train, geometry, variants, spec.steps * spec.batch_size, [seed, 1])
-            _fit(tower, head, spec, DataLoader(painter, spec.batch_size, num_workers=workers))
-        share = named_right(tower, head, Painter(val, geometry, 0, EXAMINED, [seed, 2]))
+            batches = DataLoader(painter, spec.batch_size, num_workers=workers)
+            _fit(tower.to(spec.device), head.to(spec.device), spec, batches)
+        share = named_right(tower.cpu(), head.cpu(), Painter(val, geometry, 0, EXAMINED, [seed, 2]))
     log.info("Vision tower: %.1f %% of the digits of unseen scans named right.", 100 * share)
     return tower.eval(), share
 
@@ -75,8 +79,8 @@ def _fit(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, spec.learning_rate, spec.steps, pct_start=0.15)
     tower.train()
     for pixels, classes, _ in batches:
-        logits = head(tower(pixels).last_hidden_state[:, 1:])
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), classes.flatten())
+        logits = head(tower(pixels.to(spec.device)).last_hidden_state[:, 1:])
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), classes.flatten().to(spec.device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

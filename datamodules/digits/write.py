@@ -70,6 +70,8 @@ class DigitsSpec:
 def write_digits(root: Path, spec: DigitsSpec, workers: int = 0) -> None:
     """Makes ``root``, unless it holds this very data already.
 
+    Records and pictures are the same bytes everywhere, the vision tower's weights for the same number of threads.
+
     Args:
         root: Folder to make.
         spec: What to write.

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from routing import (
     All,
-    AuxLoss,
     CapacitySchedule,
     Decoder,
     ExpertChoice,
@@ -72,8 +71,6 @@ class ProgressiveDepths(RoutingPlugin):
         sharing: One router for each layer, or one for all of them.
         weighting: From scores to multipliers.
         rank_on: Rank by the router's float32 scores, or by the weights in the model's dtype as published.
-        losses: Auxiliary losses on this plugin's records; the paper has none.
-        enabled: False removes the plugin from a composed config.
     """
 
     placement: Placement = All()
@@ -82,8 +79,6 @@ class ProgressiveDepths(RoutingPlugin):
     sharing: Sharing = "separate"
     weighting: Weighting = TanhNorm()
     rank_on: Literal["router", "weight"] = "router"
-    losses: tuple[AuxLoss, ...] = ()
-    enabled: bool = True
 
     def apply(self, decoder: Decoder) -> None:
         vision = (TokenKind.VISION,)

@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TypeVar
 
@@ -18,15 +19,17 @@ from routing.tape import RoutingTape
 ENTRY_POINTS = "lit.plugins"
 
 
+@dataclass(frozen=True, kw_only=True)
 class RoutingPlugin(ABC):
-    """A named preset: which parts of a decoder are routed, and by what.
+    """A named preset: which parts of a decoder are routed, and by what. Subclasses are frozen dataclasses too.
 
-    ``enabled: false`` in a later config is how a plugin of an earlier one is removed. ``losses`` are added to the
-    objective, each on this plugin's records only.
+    Args:
+        losses: Auxiliary losses, added to the objective, each on this plugin's records only.
+        enabled: False removes the plugin from a composed config.
     """
 
-    enabled: bool = True
     losses: tuple[AuxLoss, ...] = ()
+    enabled: bool = True
 
     @abstractmethod
     def apply(self, decoder: Decoder) -> None:

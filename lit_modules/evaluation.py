@@ -65,7 +65,8 @@ class Evaluation(nn.Module):
 
     def scores(self) -> list[Score]:
         """One score per kind, then their unweighted mean as ``macro``; a collective call."""
-        model, majority, blank = self.model.compute(), self.majority.compute(), self.blank.compute()
+        model, majority = self.model.compute(), self.majority.compute()
+        blank = self.blank.compute() if self.blank.update_called else {}
         rows = [
             Score(kind, n, share, majority[kind][1], blank[kind][1] if kind in blank else None)
             for kind, (n, share) in model.items()

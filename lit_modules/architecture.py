@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import cast
 
+import torch
 from torch import Tensor
 
 KEY = "architecture"
@@ -14,6 +16,13 @@ Shapes = Mapping[str, list[int]]
 def shapes(state: Mapping[str, object]) -> dict[str, list[int]]:
     """Shape of every tensor; stored in checkpoints, because a sharded one holds no tensors where hooks can see them."""
     return {name: list(tensor.shape) for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+
+def check_folder(path: object, model: Shapes) -> None:
+    """The same for a sharded checkpoint, which is a folder; anything else is passed by."""
+    metadata = Path(path) / "meta.pt" if isinstance(path, str | Path) else None
+    if metadata is not None and metadata.is_file():
+        check(torch.load(metadata, weights_only=True, map_location="cpu"), model)
 
 
 def check(checkpoint: Mapping[str, object], model: Shapes) -> None:

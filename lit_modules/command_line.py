@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
@@ -40,6 +41,7 @@ def run(args: list[str], *, default_config: Path, ours: Iterable[str]) -> None:
     Raises:
         SystemExit: with code 2 after a mistake of the user's.
     """
+    warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)  # torch's, about Lightning
     # A config is data that may come from a stranger: it may not name what runs commands.
     set_parsing_settings(import_path_denylist=[], import_path_allowlist=[])
     subparser = {"default_config_files": [str(default_config)], "allow_abbrev": False}
@@ -105,6 +107,12 @@ class RoutingCLI(LightningCLI):
         parser.add_argument(
             "-c", "--config", action=MergedConfigs, help="YAML file; several are merged, later ones win."
         )
+        return parser
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: object) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if "verbose" in self._subcommand_method_arguments[subcommand]:
+            parser.set_defaults(verbose=False)  # RoutedVLM prints its own table
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:

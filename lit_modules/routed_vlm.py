@@ -82,6 +82,8 @@ class RoutedVLM(LightningModule):
             recompute_layers(model)
         # Hugging Face answers in evaluation mode, and Lightning leaves modes as it finds them.
         self.model = model.train()
+        # Sharded tensors are loaded before `on_load_checkpoint` is called.
+        architecture.check_folder(getattr(self._trainer, "ckpt_path", None), architecture.shapes(self.state_dict()))
 
     def setup(self, stage: str) -> None:
         self.evaluation = Evaluation(self._data.majority)
@@ -197,7 +199,7 @@ class RoutedVLM(LightningModule):
         self.evaluation.reset()
         if self.trainer.sanity_checking:
             return
-        self.log_dict(tags(self.scores, stage), rank_zero_only=True)
+        self.log_dict(tags(self.scores, stage), sync_dist=True)  # equal on all ranks already
         if not self.trainer.training and self.trainer.state.fn != "fit":
             self._print_report()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_another_architecture_is_named(trained, tiny, capsys, change, named):
     assert named in error and "config.yaml" in error and len(error.splitlines()) <= 10
 
 
-def test_a_sharded_checkpoint_is_checked_by_what_it_says_of_itself():
+def test_a_sharded_checkpoint_is_checked_by_what_it_says_of_itself(tmp_path):
     model = RoutedVLM(TinyLlava(layers=2, width=16, heads=2))
     model.configure_model()
     metadata: dict[str, object] = {}
@@ -90,6 +91,11 @@ def test_a_sharded_checkpoint_is_checked_by_what_it_says_of_itself():
     other = RoutedVLM(TinyLlava(layers=3, width=16, heads=2))
     with pytest.raises(ValueError, match="only in the model"):
         other.on_load_checkpoint(metadata)
+    torch.save(metadata, tmp_path / "meta.pt")
+    again = RoutedVLM(TinyLlava(layers=3, width=16, heads=2))
+    again._trainer = SimpleNamespace(ckpt_path=str(tmp_path))
+    with pytest.raises(ValueError, match="only in the model"):
+        again.configure_model()
 
 
 def test_predict_says_what_was_asked(tiny, trained, monkeypatch):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from datamodules.digits.scene import ROWS, Item, Scene
+from datamodules.digits.scene import COLUMNS, ROWS, Item, Scene
 
 LARGEST_SUM = 27
 
@@ -119,5 +119,6 @@ def arithmetic(rng: np.random.Generator) -> Question:
 def vocabulary() -> list[str]:
     """Every word of the questions and answers, sorted: the same whatever was drawn."""
     words = "What is at the ? left of Read row . Is there a yes no How many digits are sum largest digit Describe"
-    words += " picture , minus plus top middle bottom center right USER: ASSISTANT: Answer in words and"
-    return sorted({*words.split(), *(str(n) for n in range(LARGEST_SUM + 1))})
+    words += " picture , minus plus top middle bottom USER: ASSISTANT: Answer in words and"
+    cells = [f"{row}-{column}" for row in ROWS for column in COLUMNS]
+    return sorted({*words.split(), *cells, *(str(n) for n in range(LARGEST_SUM + 1))})

@@ -67,7 +67,7 @@ class Item:
 
     @property
     def cell(self) -> str:
-        return f"{ROWS[self.row]} {COLUMNS[self.column]}"
+        return f"{ROWS[self.row]}-{COLUMNS[self.column]}"
 
 
 @dataclass(frozen=True)

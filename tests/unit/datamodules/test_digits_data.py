@@ -98,7 +98,7 @@ def _answer(text: str, scene_digits: list[tuple[int, int, int]]) -> str:
         case "Read", _:
             return " ".join(str(d) for r, _, d in scene_digits if rows[r] == words[2])
         case "Describe", _:
-            return " , ".join(f"{d} {rows[r]} {columns[c]}" for r, c, d in scene_digits)
+            return " , ".join(f"{d} {rows[r]}-{columns[c]}" for r, c, d in scene_digits)
         case _, "digits":
             return str(sum(values))
         case _, "digit":
@@ -106,7 +106,7 @@ def _answer(text: str, scene_digits: list[tuple[int, int, int]]) -> str:
     if words[2] == "left":
         ((r, c),) = [(r, c) for r, c, d in scene_digits if d == int(words[-2])]
         return str(next(d for r2, c2, d in scene_digits if (r2, c2) == (r, c - 1)))
-    return str(next(d for r, c, d in scene_digits if [rows[r], columns[c]] == words[-3:-1]))
+    return str(next(d for r, c, d in scene_digits if f"{rows[r]}-{columns[c]}" == words[-2]))
 
 
 def test_answers_are_right_and_balanced() -> None:

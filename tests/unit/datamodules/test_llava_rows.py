@@ -28,7 +28,7 @@ def _said(data: LlavaData, ids: Tensor) -> str:
 
 
 def test_labels_are_the_answers_and_their_ends(llava: Make) -> None:
-    data = llava([talk(PICTURE + "What is at the top left ?", "4", "Read the top row .", "4 7", image="a.png")])
+    data = llava([talk(PICTURE + "What is at the top-left ?", "4", "Read the top row .", "4 7", image="a.png")])
     batch = _train(data)
     supervised = batch["labels"][0] != -100
     assert _said(data, batch["input_ids"][0][supervised]) == "4 </s> 4 7 </s>"
@@ -37,7 +37,7 @@ def test_labels_are_the_answers_and_their_ends(llava: Make) -> None:
     text = _said(data, batch["input_ids"][0][batch["tokens"].kind_BT[0] == TokenKind.SYSTEM])
     assert text == "<s> Answer in words and digits . USER:"
     asked = _said(data, batch["input_ids"][0][batch["tokens"].kind_BT[0] == TokenKind.QUESTION])
-    assert asked.split() == "What is at the top left ? ASSISTANT: USER: Read the top row . ASSISTANT:".split()
+    assert asked.split() == "What is at the top-left ? ASSISTANT: USER: Read the top row . ASSISTANT:".split()
 
 
 def test_positions_and_targets_match_a_loop(digits: DigitsVQA) -> None:
@@ -79,13 +79,13 @@ def test_text_only_batch_has_no_pixels(llava: Make) -> None:
 
 
 def test_plain_template_learns_caption_and_line_break(llava: Make) -> None:
-    data = llava([talk("Describe the picture .\n<image>", "4 at the top left", image="a.png")], template="plain")
+    data = llava([talk("Describe the picture .\n<image>", "4 at the top-left", image="a.png")], template="plain")
     batch = _train(data)
-    assert _said(data, batch["targets_N"]) == "4 at the top left \n"
+    assert _said(data, batch["targets_N"]) == "4 at the top-left \n"
     text = batch["input_ids"][0][batch["tokens"].kind_BT[0] != TokenKind.VISION]
-    assert _said(data, text) == "<s> 4 at the top left \n"
+    assert _said(data, text) == "<s> 4 at the top-left \n"
     asked = next(iter(data.val_dataloader()))
-    assert asked["truths"] == ["4 at the top left"] and asked["input_ids"].shape[1] == 145
+    assert asked["truths"] == ["4 at the top-left"] and asked["input_ids"].shape[1] == 145
 
 
 @pytest.mark.parametrize(("order", "place"), [("first", 8), ("as_written", 14)])
@@ -96,13 +96,13 @@ def test_order_of_a_record_wins(llava: Make, order: str, place: int) -> None:
 
 
 def test_questions_are_asked_one_by_one_left_padded(llava: Make) -> None:
-    first = talk(PICTURE + "What is at the top left ?", "4", "Is there a 4 ?", "yes", image="a.png")
+    first = talk(PICTURE + "What is at the top-left ?", "4", "Is there a 4 ?", "yes", image="a.png")
     first["conversations"][3] |= {"kind": "exists", "evidence": [3, 4]}
     data = llava([first, talk("What is 2 plus 2 ?", "4", id="sum")])
     (batch,) = data.test_dataloader()
     assert batch["ids"] == ["7/0", "7/1", "sum"] and batch["truths"] == ["4", "yes", "4"]
     assert batch["kinds"] == ["question", "exists", "question"] and batch["evidence"] == [[], [3, 4], []]
-    assert batch["questions"] == ["What is at the top left ?", "Is there a 4 ?", "What is 2 plus 2 ?"]
+    assert batch["questions"] == ["What is at the top-left ?", "Is there a 4 ?", "What is 2 plus 2 ?"]
     assert batch["pixel_values"].shape[0] == 2 and batch["tokens"].phase == "prefill"
     assert (batch["attention_mask"].diff(dim=1) >= 0).all() and (batch["attention_mask"][:, -1] == 1).all()
     assert (batch["input_ids"][:, -1] == data.processor.tokenizer.convert_tokens_to_ids("ASSISTANT:")).all()

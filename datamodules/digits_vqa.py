@@ -77,6 +77,11 @@ class DigitsVQA(LlavaData):
         """Folder of the vision tower; there once ``prepare_data`` has run."""
         return self.root / "vision_tower"
 
+    @property
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """``macro_identity``: the kinds whose answer is the identity of digits."""
+        return {"macro_identity": ("cell", "left_of", "read", "largest")}
+
     def prepare_data(self) -> None:
         """Writes the data, unless it is there."""
         write_digits(self.root, self.spec, self.num_workers)

@@ -127,6 +127,11 @@ class LlavaData(L.LightningDataModule):
         return int(self.processor.tokenizer.eos_token_id)
 
     @property
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """Kinds of questions whose scores are also averaged by themselves."""
+        return {}
+
+    @property
     def majority(self) -> dict[str, str]:
         """The most frequent answer of the training split to each kind of question: the baseline to beat."""
         return majority_answers(self.records.get("train", []))

@@ -47,10 +47,12 @@ class Evaluation(nn.Module):
 
     Args:
         majority: The most frequent training answer of each kind.
+        groups: Kinds that are also averaged by themselves, by the group's name.
     """
 
-    def __init__(self, majority: Mapping[str, str]) -> None:
+    def __init__(self, majority: Mapping[str, str], groups: Mapping[str, Sequence[str]] | None = None) -> None:
         super().__init__()
+        self.groups = dict(groups or {})
         self.answer_of = dict(majority)
         self.model, self.majority, self.blank = (ExactMatch(list(majority)) for _ in range(3))
 
@@ -64,14 +66,15 @@ class Evaluation(nn.Module):
             self.blank.update(kinds, blank, truths)
 
     def scores(self) -> list[Score]:
-        """One score per kind, then their unweighted mean as ``macro``; a collective call."""
+        """One score per kind, then the unweighted means over each group and over all, ``macro``; a collective call."""
         model, majority = self.model.compute(), self.majority.compute()
         blank = self.blank.compute() if self.blank.update_called else {}
         rows = [
             Score(kind, n, share, majority[kind][1], blank[kind][1] if kind in blank else None)
             for kind, (n, share) in model.items()
         ]
-        return [*rows, macro(rows)] if rows else []
+        means = [mean(name, [row for row in rows if row.kind in kinds]) for name, kinds in self.groups.items()]
+        return [*rows, *filter(None, means), *filter(None, [mean("macro", rows)])]
 
     def reset(self) -> None:
         """Forgets all counts."""
@@ -79,11 +82,13 @@ class Evaluation(nn.Module):
             metric.reset()
 
 
-def macro(rows: Sequence[Score]) -> Score:
-    """The unweighted mean over kinds."""
+def mean(name: str, rows: Sequence[Score]) -> Score | None:
+    """The unweighted mean over kinds; None of none."""
+    if not rows:
+        return None
     blank = [row.blank for row in rows if row.blank is not None]
     return Score(
-        "macro",
+        name,
         sum(row.questions for row in rows),
         sum(row.exact_match for row in rows) / len(rows),
         sum(row.majority for row in rows) / len(rows),

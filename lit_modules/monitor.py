@@ -52,8 +52,11 @@ class RoutingMonitor(Callback):
         with torch.no_grad(), module.tape.about(tokens), module.tape.recording() as records:
             module.model(**model_inputs(batch, mask=True), use_cache=False)
         depth = [record for record in records if isinstance(record.decision, KeptTokens)]
-        for number, (row, image) in enumerate(places(tokens)[: self.images] if depth else ()):
-            yield str(ids[row]), self._sheet(str(ids[row]), depth, row, image, pixels[number])
+        drawn: list[Tensor] = []
+        for number, (row, image) in enumerate(places(tokens) if depth else ()):
+            if len(drawn) < self.images and not any(torch.equal(pixels[number], other) for other in drawn):
+                drawn.append(pixels[number])  # several questions may share one picture
+                yield str(ids[row]), self._sheet(str(ids[row]), depth, row, image, pixels[number])
 
     def _sheet(
         self, name: str, records: Sequence[RoutingRecord], row: int, image: int, pixels_3HW: Tensor

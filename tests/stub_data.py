@@ -37,6 +37,7 @@ class StubData(LightningDataModule):
         self.batch_size, self.accumulate, self.batches = batch_size, accumulate, batches
         self.processor = SimpleNamespace(tokenizer=StubTokenizer())
         self.majority = {"count": "7", "read": "8"}
+        self.groups: dict[str, tuple[str, ...]] = {}
 
     def summary(self) -> dict[str, object]:
         return {"train": SimpleNamespace(scenes=8, questions=8, kinds={"count": 8})}

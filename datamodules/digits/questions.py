@@ -90,8 +90,8 @@ def largest(scene: Scene, rng: np.random.Generator) -> list[Question]:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """Every digit with its cell, in reading order."""
-    answer = " , ".join(f"{item.digit} {item.cell}" for item in scene.digits)
+    """Every cell that holds a digit, and that digit, in reading order."""
+    answer = " , ".join(f"{item.cell} {item.digit}" for item in scene.digits)
     return [Question("caption", "Describe the picture .", answer, _patches(*scene.digits))]
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -21,12 +22,16 @@ MOST_VARIANTS = 8  # drawings of each scan and size that training chooses from
 EXAMINED = 128  # pictures of unseen scans that the tower is examined on
 NEIGHBOURS = ((0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, -1), (1, -1), (-1, 1))
 POSITION_SCALE = 0.3  # of the position embeddings at first; the patches' are about half as large
+PLACE = 0.1  # weight of naming a patch's row and column, beside naming its digit
 FOCUS = 2.5  # how sharply a head looks at one neighbour at first
 
 
 @dataclass(frozen=True)
 class StemSpec:
-    """How the vision tower is built and trained. Every patch learns which digit it is part of, or that it is of none.
+    """How the vision tower is built and trained.
+
+    Every patch learns which digit it is part of, or that it is of none, and in which row and column it stands: without
+    the latter its place fades layer by layer, and questions that name a cell take longer to learn.
 
     Args:
         hidden_size: Width of the tower; a multiple of four times ``heads``.
@@ -60,19 +65,23 @@ def train_stem(
     """The tower, trained on drawings of the training scans, and the share of unseen digits that it names right."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tower, head = build_tower(spec, geometry), nn.Linear(spec.hidden_size, NOTHING + 1)
+        tower, head = build_tower(spec, geometry), nn.Linear(spec.hidden_size, NOTHING + 1 + 2 * geometry.grid)
         if spec.steps:
             variants = min(1 + spec.steps // 100, MOST_VARIANTS)
             painter = Painter(train, geometry, variants, spec.steps * spec.batch_size, [seed, 1])
             batches = DataLoader(painter, spec.batch_size, num_workers=workers)
-            _fit(tower.to(spec.device), head.to(spec.device), spec, batches)
+            _fit(tower.to(spec.device), head.to(spec.device), spec, geometry, batches)
         share = named_right(tower.cpu(), head.cpu(), Painter(val, geometry, 0, EXAMINED, [seed, 2]))
     log.info("Vision tower: %.1f %% of the digits of unseen scans named right.", 100 * share)
     return tower.eval(), share
 
 
 def _fit(
-    tower: CLIPVisionModel, head: nn.Linear, spec: StemSpec, batches: DataLoader[tuple[Tensor, Tensor, Tensor]]
+    tower: CLIPVisionModel,
+    head: nn.Linear,
+    spec: StemSpec,
+    geometry: Geometry,
+    batches: DataLoader[tuple[Tensor, Tensor, Tensor]],
 ) -> None:
     parameters = [*tower.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=spec.learning_rate, weight_decay=0.05)
@@ -80,7 +89,10 @@ def _fit(
     tower.train()
     for pixels, classes, _ in batches:
         logits = head(tower(pixels.to(spec.device)).last_hidden_state[:, 1:])
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), classes.flatten().to(spec.device))
+        digit, row, column = logits.flatten(0, 1).split([NOTHING + 1, geometry.grid, geometry.grid], dim=1)
+        place = torch.arange(geometry.grid**2, device=spec.device).repeat(len(logits))
+        loss = cross_entropy(digit, classes.flatten().to(spec.device))
+        loss += PLACE * (cross_entropy(row, place // geometry.grid) + cross_entropy(column, place % geometry.grid))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -94,7 +106,7 @@ def named_right(tower: CLIPVisionModel, head: nn.Linear, painter: Painter) -> fl
     right = []
     tower.eval()
     for pixels, classes, drawings in DataLoader(painter, batch_size=16):
-        scores = head(tower(pixels).last_hidden_state[:, 1:]).log_softmax(-1)
+        scores = head(tower(pixels).last_hidden_state[:, 1:])[..., : NOTHING + 1].log_softmax(-1)
         for row, drawn in enumerate(drawings):
             for drawing in set(drawn.tolist()) - {NOBODY}:
                 patches = drawn == drawing

@@ -28,7 +28,7 @@ from datamodules.templates import Template
 Order = Literal["image_first", "question_first"]
 Entry = dict[str, Any]
 
-FORMAT = 1  # to be raised whenever the same arguments come to mean other bytes
+FORMAT = 2  # to be raised whenever the same arguments come to mean other bytes
 SYSTEM = "Answer in words and digits ."
 
 

@@ -98,7 +98,7 @@ def _answer(text: str, scene_digits: list[tuple[int, int, int]]) -> str:
         case "Read", _:
             return " ".join(str(d) for r, _, d in scene_digits if rows[r] == words[2])
         case "Describe", _:
-            return " , ".join(f"{d} {rows[r]}-{columns[c]}" for r, c, d in scene_digits)
+            return " , ".join(f"{rows[r]}-{columns[c]} {d}" for r, c, d in scene_digits)
         case _, "digits":
             return str(sum(values))
         case _, "digit":

@@ -23,12 +23,13 @@ def test_exact_match_ignores_case_and_white_space_only():
 
 
 def test_scores_stand_beside_what_needs_no_eyes():
-    evaluation = Evaluation({"read": "8", "count": "2"})
+    evaluation = Evaluation({"read": "8", "count": "2"}, {"seen": ("read", "cell"), "nothing": ("cell",)})
     evaluation.update(
         ["read", "read", "count", "count"], ["8", "9", "2", "3"], ["8", "9", "2", "2"], ["8", "8", "2", "3"]
     )
     evaluation.update(["read"], ["1"], ["1"], None)  # a batch that was not asked without its image
-    read, count, mean = evaluation.scores()
+    read, count, seen, mean = evaluation.scores()
+    assert seen == Score("seen", 3, 1.0, pytest.approx(1 / 3), 0.5)
     assert read == Score("read", 3, 1.0, pytest.approx(1 / 3), 0.5)
     assert count == Score("count", 2, 0.5, 0.5, 1.0)
     assert mean == Score("macro", 5, 0.75, pytest.approx(5 / 12), 0.75)

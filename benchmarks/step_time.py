@@ -62,6 +62,7 @@ class Subject:
         data.setup("fit")
         self.train = to_cuda(next(iter(data.train_dataloader())))
         self.questions = to_cuda(next(iter(data.val_dataloader())))
+        self.module.trainer = data.trainer
         self.module.configure_model()
         self.module.to("cuda")
         self.optimizer = torch.optim.AdamW([p for p in self.module.parameters() if p.requires_grad], fused=True)

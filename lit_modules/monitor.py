@@ -31,7 +31,7 @@ class RoutingMonitor(Callback):
         columns: Tiles in a row, at least 1.
     """
 
-    def __init__(self, images: int = 4, scale: int = 2, columns: int = 4) -> None:
+    def __init__(self, images: int = 4, scale: int = 2, columns: int = 6) -> None:
         if min(images, scale, columns) < 1:
             raise ValueError(f"RoutingMonitor(images={images}, scale={scale}, columns={columns}): each is at least 1.")
         self.images, self.scale, self.columns = images, scale, columns

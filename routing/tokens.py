@@ -110,10 +110,19 @@ class Tokens:
         key_BT = (place_BT * 2654435761) & 0xFFFFFFFF
         return key_BT.masked_fill(~self.valid_BT, 1 << 32).argsort(dim=1, stable=True)
 
+    @cached_property
+    def _masks(self) -> dict[tuple[TokenKind, ...], Tensor]:
+        return {}  # every layer of a forward asks for the same ones
+
     def mask(self, kinds: Iterable[TokenKind]) -> Tensor:
         """True where the token is of one of ``kinds``; bool (B, T)."""
-        masks = [self.kind_BT == kind for kind in kinds]
-        return torch.stack(masks).any(0) if masks else torch.zeros_like(self.valid_BT)
+        key = tuple(kinds)
+        if key not in self._masks:
+            found = torch.zeros_like(self.valid_BT)
+            for kind in key:
+                found = found | (self.kind_BT == kind)
+            self._masks[key] = found
+        return self._masks[key]
 
     def count(self, kinds: Iterable[TokenKind]) -> tuple[int, ...]:
         """How many tokens of ``kinds`` each row has; known on the host."""

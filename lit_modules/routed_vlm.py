@@ -86,7 +86,7 @@ class RoutedVLM(LightningModule):
         architecture.check_folder(getattr(self._trainer, "ckpt_path", None), architecture.shapes(self.state_dict()))
 
     def setup(self, stage: str) -> None:
-        self.evaluation = Evaluation(self._data.majority, self._data.groups)
+        self.evaluation = Evaluation(self._data.majority, getattr(self._data, "groups", {}))
 
     @property
     def _data(self) -> LightningDataModule:

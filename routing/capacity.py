@@ -25,7 +25,9 @@ def kept_count(candidates: int, share: float) -> int:
 def checked_share(owner: object, field: str, value: float) -> None:
     """Raises ValueError unless ``value`` is a share in (0, 1]."""
     if not 0 < value <= 1:  # also catches nan
-        raise ValueError(f"{type(owner).__name__}({field}={value}): a capacity is a share of tokens in (0, 1].")
+        raise ValueError(
+            f"{type(owner).__name__}({field}={value}): a capacity is a share of tokens in (0, 1]; give e.g. 0.5, or 1."
+        )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ def _resolved(owner: Placement, layer: int, num_layers: int) -> int:
     if not -num_layers <= layer < num_layers:
         raise ValueError(
             f"{owner}: layer {layer} does not exist; this decoder has {num_layers} layers, numbered 0 to"
-            f" {num_layers - 1} (or -{num_layers} to -1 from the end)."
+            f" {num_layers - 1} (or -{num_layers} to -1 from the end). Name others, or use Every or Between."
         )
     return layer % num_layers
 

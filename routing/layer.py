@@ -71,7 +71,8 @@ class RoutedLayer(nn.Module):
             self.branch.weight = None
         passed_BTD = self.merge.passed(hidden_states, weight_BT1)
         kept_BKD = self.merge.kept(x_BKD, y_BKD, weight_BK1)
-        kept_BKD = torch.where(valid_BK[..., None], kept_BKD, take(passed_BTD, index_BK))
+        # An invalid slot holds a token that passes by, and writes back what it becomes anyway.
+        kept_BKD = torch.where(valid_BK[..., None], kept_BKD, self.merge.passed(x_BKD, weight_BK1))
         return passed_BTD.scatter(1, index_BK[..., None].expand_as(kept_BKD), kept_BKD)
 
 

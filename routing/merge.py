@@ -20,7 +20,7 @@ class Merge(ABC):
 
     @abstractmethod
     def passed(self, x: Tensor, weight: Tensor) -> Tensor:
-        """A token that passed the layer by: (batch, tokens, width), ``weight`` (batch, tokens, 1)."""
+        """A token that passed the layer by: (batch, tokens, width), ``weight`` (batch, tokens, 1); token by token."""
 
 
 @dataclass(frozen=True)

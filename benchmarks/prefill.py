@@ -85,7 +85,7 @@ def main() -> None:
         f"# Prefill of {args.plugin} against dense",
         "",
         f"Made by `{command}` on one {torch.cuda.get_device_name()}, torch {torch.__version__}, bf16, eager, default"
-        f" sdpa: medians (smallest to largest) of {ROUNDS} rounds of {CALLS}. Ratios are routed over dense; the language"
+        f" sdpa: medians (smallest to largest) of {ROUNDS} rounds of {CALLS}. Ratios are routed over dense; language"
         " model alone, random weights. Decoding with a cache is not measured here.",
         "",
         *table(dense, routed),

@@ -1,5 +1,6 @@
 """The algebra of routing: which tokens does this piece of computation get, and how much of its answer do they keep?"""
 
+from routing.cache import RoutedKV
 from routing.capacity import CapacitySchedule, Constant, Linear, PerLayer, ShiftedCosine, WarmUp
 from routing.decision import Decision, ExpertChoices, KeptTokens, TokenChoices
 from routing.decoder import Decoder, Sharing
@@ -39,6 +40,7 @@ __all__ = [
     "ModalityRouter",
     "PerLayer",
     "Placement",
+    "RoutedKV",
     "RoutedLayer",
     "Router",
     "RouterCrossEntropy",

@@ -18,7 +18,7 @@ from routing.placement import Placement
 from routing.router import Router, RouterSpec
 from routing.select import Selector
 from routing.tape import Part, RoutingTape, Site
-from routing.tokens import Phase, TokenKind, Tokens
+from routing.tokens import NOWHERE, Phase, TokenKind, Tokens
 from routing.weighting import Weighting
 
 Sharing = Literal["separate", "shared"]
@@ -78,7 +78,12 @@ class Decoder:
 
     def route_layer(self, site: Site, gate: Gate, merge: Merge) -> None:
         """Claims a whole layer for depth routing: tokens that ``gate`` keeps go through it, the others pass it by."""
-        self.wrap_layer(site, lambda layer, _: route_layer(layer, self.mlp(layer), gate, merge))
+        config = self.model.config.get_text_config()
+
+        def attention() -> str:
+            return str(config._attn_implementation)
+
+        self.wrap_layer(site, lambda layer, _: route_layer(layer, self.mlp(layer), gate, merge, attention))
 
     def gate(
         self,
@@ -170,12 +175,15 @@ class TokenObserver:
         mask_BT, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         if not isinstance(ids_BT, Tensor):
             raise ValueError("A routed model finds its vision tokens in input_ids; pass those, not inputs_embeds.")
-        if self.tape.announced is not None:
+        filled = isinstance(cache, Cache) and cache.get_seq_length() > 0
+        if filled and ids_BT.shape[1] == 1:
+            tokens = generated(ids_BT)
+        elif self.tape.announced is not None and not filled:
             tokens = lengthened(self.tape.announced, ids_BT)
         else:
-            mask = mask_BT if isinstance(mask_BT, Tensor) and mask_BT.shape == ids_BT.shape else None
+            two_dimensional = isinstance(mask_BT, Tensor) and mask_BT.ndim == 2
+            mask = mask_BT[:, -ids_BT.shape[1] :] if two_dimensional else None  # type: ignore[index]
             tokens = observed(ids_BT, mask, model.config.image_token_id)
-        filled = isinstance(cache, Cache) and cache.get_seq_length() > 0
         phase: Phase = "train" if model.training else "decode" if filled else "prefill"
         self.tape.begin(tokens.during(phase, self.tape.progress if model.training else 1.0))
 
@@ -191,9 +199,19 @@ def observed(ids_BT: Tensor, mask_BT: Tensor | None, image_token: int) -> Tokens
     return Tokens.of(kind_BT)
 
 
+def generated(ids_BT: Tensor) -> Tokens:
+    """Facts of single tokens that follow a cache: ANSWER, without looking at them, so without a host sync."""
+    kind_BT = torch.full_like(ids_BT, TokenKind.ANSWER, dtype=torch.int8)
+    nowhere = torch.full_like(ids_BT, NOWHERE, dtype=torch.int16)
+    one = tuple(int(kind is TokenKind.ANSWER) for kind in TokenKind)
+    return Tokens(kind_BT, nowhere, nowhere, nowhere, nowhere, (one,) * len(ids_BT))
+
+
 def lengthened(tokens: Tokens, ids_BT: Tensor) -> Tokens:
     """Announced facts of a prompt, with the tokens generated since as ANSWER."""
     (rows, length), (announced_rows, announced) = ids_BT.shape, tokens.shape
+    if rows % announced_rows == 0 and rows > announced_rows:  # beams, or several answers
+        tokens, announced_rows = tokens.repeated(rows // announced_rows), rows
     if rows != announced_rows or length < announced:
         raise ValueError(
             f"The announced tokens have shape {(announced_rows, announced)}, the forward's input_ids {(rows, length)}:"

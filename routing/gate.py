@@ -11,7 +11,7 @@ from routing.decision import Decision
 from routing.router import Router, RouterInputs
 from routing.select import Selector
 from routing.tape import RoutingRecord, RoutingTape, Site
-from routing.tokens import Tokens
+from routing.tokens import TokenKind, Tokens
 from routing.weighting import Weighting
 
 
@@ -48,6 +48,15 @@ class Gate:
     def share(self, progress: float = 1.0) -> float:
         """Share of the candidate tokens that the schedule gives this site, in (0, 1]."""
         return self.capacity(self.site.depth, progress)
+
+    def idle(self, tokens: Tokens) -> bool:
+        """Whether every token of this forward enters without being asked; known on the host."""
+        return not any(tokens.count((TokenKind.PAD,))) and not self.selector.candidates(tokens)
+
+    def ragged(self, tokens: Tokens) -> bool:
+        """Whether rows may keep unlike numbers of tokens, so that the shorter ones leave slots empty."""
+        bounds = {self.bound(tokens.row(b)) for b in range(len(tokens.counts_B))}
+        return None in bounds or len(bounds) > 1
 
     def bound(self, tokens: Tokens) -> int | None:
         """Most tokens that a row keeps here, known on the host; None if only the data tell."""

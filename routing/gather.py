@@ -33,14 +33,29 @@ def take_mask(mask: Tensor | None, index_BK: Tensor, valid_BK: Tensor) -> Tensor
     mask = mask.expand(index_BK.shape[0], *mask.shape[1:])
     if mask.ndim == 2:
         return mask.gather(1, index_BK) * valid_BK.to(mask.dtype)
-    if mask.shape[-1] != mask.shape[-2]:
-        raise ValueError(
-            f"Routed layers read the whole sequence at once, but the attention mask is {tuple(mask.shape)}: more keys"
-            f" than queries. Pass use_cache=False."
-        )
     index_B1K1, index_B11K = index_BK[:, None, :, None], index_BK[:, None, None, :]
     rows = mask.gather(2, index_B1K1.expand(-1, mask.shape[1], -1, mask.shape[3]))
     cells = rows.gather(3, index_B11K.expand(-1, mask.shape[1], index_BK.shape[1], -1))
     # An invalid slot is nobody's key but its own, so that its softmax is finite.
     allowed = valid_BK[:, None, None, :] | (index_B1K1 == index_B11K)
     return cells & allowed if mask.dtype is torch.bool else cells.masked_fill(~allowed, torch.finfo(mask.dtype).min)
+
+
+def like_model(mask_B1KS: Tensor, attention: str, dtype: torch.dtype) -> Tensor:
+    """A boolean mask in the form that an attention implementation reads.
+
+    Raises:
+        ValueError: an implementation that reads neither masks of queries and keys nor masks of keys.
+    """
+    if attention == "eager":
+        return torch.zeros(mask_B1KS.shape, dtype=dtype, device=mask_B1KS.device).masked_fill(
+            ~mask_B1KS, torch.finfo(dtype).min
+        )
+    if attention == "sdpa":
+        return mask_B1KS
+    if attention.startswith("flash") and mask_B1KS.shape[2] == 1:
+        return mask_B1KS[:, 0, 0]
+    raise ValueError(
+        f"Routed layers cannot continue from a cache with holes under attention {attention!r}: use 'sdpa' or 'eager',"
+        " or pass use_cache=False."
+    )

@@ -5,14 +5,17 @@ Shape suffixes: B batch, T tokens, K kept tokens, D width; 1 is a broadcast axis
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
-from transformers import Cache
 
+from routing.cache import RoutedKV, routed_kv
 from routing.decision import KeptTokens
 from routing.gate import Gate
-from routing.gather import take, take_mask
+from routing.gather import like_model, take, take_mask
 from routing.merge import Merge
+from routing.tokens import Tokens
 
 
 class RoutedLayer(nn.Module):
@@ -25,32 +28,72 @@ class RoutedLayer(nn.Module):
     gate: Gate
     merge: Merge
     branch: BranchWeight | None
+    attention: Callable[[], str]
 
-    def __call__(self, hidden_states: Tensor, **kwargs: object) -> Tensor:
-        refuse_filled_cache(kwargs.get("past_key_values"), self.gate)
+    def __call__(self, hidden_states: Tensor, *, attention_mask: Tensor | None = None, **kwargs: object) -> Tensor:
+        held = routed_kv(kwargs.get("past_key_values"), self.gate.site.layer)
+        tokens = self.gate.tape.tokens
+        if held is not None and held.seen and tokens is not None:
+            return self._continue(hidden_states, tokens, held, kwargs)
+        decision = self._decide(hidden_states)
+        if held is not None:
+            held.admit(decision, hidden_states.shape[1], holes=tokens is None or self.gate.ragged(tokens))
+        mask = take_mask(attention_mask, decision.index_BK, decision.valid_BK)
+        if mask is not None:
+            torch._dynamo.maybe_mark_dynamic(mask, [*range(1, mask.ndim)][-2:])
+        return self._compute(hidden_states, decision, attention_mask=mask, **kwargs)
+
+    def _decide(self, hidden_states: Tensor) -> KeptTokens:
         decision = self.gate(hidden_states)
         assert isinstance(decision, KeptTokens)
         # K is a shape, not a number: layers with different K share one compiled graph.
         torch._dynamo.maybe_mark_dynamic(decision.index_BK, 1)
         torch._dynamo.maybe_mark_dynamic(decision.valid_BK, 1)
+        return decision
+
+    def _compute(self, hidden_states: Tensor, decision: KeptTokens, **kwargs: object) -> Tensor:
         output: Tensor = super().__call__(
             hidden_states, decision.index_BK, decision.valid_BK, decision.weight_BT, **kwargs
         )
         return output
 
+    def _continue(self, x_BTD: Tensor, tokens: Tokens, held: RoutedKV, kwargs: dict[str, object]) -> Tensor:
+        """Tokens that find earlier ones in the cache; the model's mask is about keys that this layer may not hold."""
+        if self.gate.idle(tokens):
+            mask_B1TS = held.admit(None, x_BTD.shape[1], holes=False)
+            return self._whole(x_BTD, attention_mask=self._as_needed(mask_B1TS, x_BTD), **kwargs)
+        if not self.gate.selector.causal:
+            raise ValueError(
+                f"Layer {self.gate.site.layer}: {type(self.gate.selector).__name__} ranks tokens among those of one"
+                f" forward, and earlier ones lie in the cache already. Read such tokens in one prefill, use a causal"
+                f" rule for this phase (SelectBy), or pass use_cache=False."
+            )
+        decision = self._decide(x_BTD)
+        mask_B1KS = held.admit(decision, x_BTD.shape[1], holes=True)
+        return self._compute(x_BTD, decision, attention_mask=self._as_needed(mask_B1KS, x_BTD), **kwargs)
+
+    def _whole(self, hidden_states: Tensor, **kwargs: object) -> Tensor:
+        output: Tensor = super().__call__(hidden_states, None, None, None, **kwargs)
+        return output
+
+    def _as_needed(self, mask_B1KS: Tensor | None, x_BTD: Tensor) -> Tensor | None:
+        return None if mask_B1KS is None else like_model(mask_B1KS, self.attention(), x_BTD.dtype)
+
     def forward(
         self,
         hidden_states: Tensor,
-        index_BK: Tensor,
-        valid_BK: Tensor,
-        weight_BT: Tensor,
+        index_BK: Tensor | None,
+        valid_BK: Tensor | None,
+        weight_BT: Tensor | None,
         *,
         position_embeddings: tuple[Tensor, ...],
-        attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         **kwargs: object,
     ) -> Tensor:
         # position_ids stay here: the rotary angles are enough, and ids with holes look like packed sequences to flash.
+        if index_BK is None or valid_BK is None or weight_BT is None:
+            whole: Tensor = super().forward(hidden_states, position_embeddings=position_embeddings, **kwargs)
+            return whole
         if weight_BT.requires_grad and not torch.is_grad_enabled():
             raise RuntimeError(
                 f"Layer {self.gate.site.layer} runs without gradients though its routing needs them: reentrant"
@@ -61,12 +104,8 @@ class RoutedLayer(nn.Module):
         x_BKD = take(hidden_states, index_BK)
         if self.branch is not None:
             self.branch.weight = weight_BK1
-        y_BKD = super().forward(
-            x_BKD,
-            attention_mask=take_mask(attention_mask, index_BK, valid_BK),
-            position_embeddings=tuple(take(angles, index_BK) for angles in position_embeddings),
-            **kwargs,
-        )
+        angles = tuple(take(angles, index_BK) for angles in position_embeddings)
+        y_BKD = super().forward(x_BKD, position_embeddings=angles, **kwargs)
         if self.branch is not None:
             self.branch.weight = None
         passed_BTD = self.merge.passed(hidden_states, weight_BT1)
@@ -76,16 +115,6 @@ class RoutedLayer(nn.Module):
         return passed_BTD.scatter(1, index_BK[..., None].expand_as(kept_BKD), kept_BKD)
 
 
-def refuse_filled_cache(cache: object, gate: Gate) -> None:
-    """Raises ValueError when earlier tokens lie in a key-value cache, whose holes nobody tracks."""
-    length = cache.get_seq_length(gate.site.layer) if isinstance(cache, Cache) else 0
-    if length:
-        raise ValueError(
-            f"Layer {gate.site.layer}, routed by {gate.site.by!r}, got a key-value cache with {length} tokens: decoding"
-            f" with a cache is not supported under depth routing. Pass use_cache=False to forward() or generate()."
-        )
-
-
 class BranchWeight:
     """Multiplies a module's output by the weight that the running forward has put here."""
 
@@ -93,8 +122,7 @@ class BranchWeight:
         self.weight: Tensor | None = None
 
     def __call__(self, module: nn.Module, args: object, output: Tensor) -> Tensor:
-        assert self.weight is not None
-        return output * self.weight.to(output.dtype)
+        return output if self.weight is None else output * self.weight.to(output.dtype)
 
 
 _ROUTED: dict[type[nn.Module], type[nn.Module]] = {}  # one class each: every new class is a new compiled graph
@@ -108,13 +136,17 @@ def routed(cls: type[nn.Module]) -> type[nn.Module]:
     return _ROUTED[cls]
 
 
-def route_layer(layer: nn.Module, mlp: nn.Module, gate: Gate, merge: Merge) -> nn.Module:
+def route_layer(
+    layer: nn.Module, mlp: nn.Module, gate: Gate, merge: Merge, attention: Callable[[], str] = lambda: "sdpa"
+) -> nn.Module:
     """Routes a live decoder layer in place, by swapping its class as FSDP2's ``fully_shard`` does.
 
-    No parameter is renamed, and hooks stay. ``mlp`` is the layer's feed-forward network.
+    No parameter is renamed, and hooks stay. ``mlp`` is the layer's feed-forward network, ``attention`` tells
+    the name of the attention implementation that is in force.
     """
     layer.__class__ = routed(type(layer))
     layer.gate, layer.merge, layer.branch = gate, merge, None  # type: ignore[assignment]
+    layer.attention = attention  # type: ignore[assignment]
     if merge.scales_mlp:
         branch = BranchWeight()
         mlp.register_forward_hook(branch)

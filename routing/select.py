@@ -34,6 +34,10 @@ class Selector(ABC):
     def bound(self, tokens: Tokens, capacity: float) -> int | None:
         """Most tokens that a row can keep, known on the host; None if only the data tell."""
 
+    @abstractmethod
+    def candidates(self, tokens: Tokens) -> bool:
+        """Whether any token of the batch is this rule's to decide on; known on the host."""
+
 
 def top_mask(scores_BT: Tensor, candidate_BT: Tensor, count_B: Tensor, tokens: Tokens) -> Tensor:
     """True at the ``count_B`` best-scored candidates of each row; equal scores fall by ``tokens.tie_order_BT``."""
@@ -87,6 +91,9 @@ class DepthSelector(Selector, ABC):
         bound = self.bound(tokens, capacity)
         longest = int(keep_BT.sum(1).max()) if bound is None else bound  # the one host sync of a data-dependent rule
         return KeptTokens.of(keep_BT, torch.where(candidate_BT, weights_BT, 1.0), longest)
+
+    def candidates(self, tokens: Tokens) -> bool:
+        return any(tokens.count(self.routes))
 
     def bound(self, tokens: Tokens, capacity: float) -> int | None:
         always = [kind for kind in TokenKind if kind is not TokenKind.PAD and kind not in self.routes]
@@ -166,6 +173,9 @@ class TokenChoice(Selector):
     def bound(self, tokens: Tokens, capacity: float) -> int:
         return tokens.shape[1]
 
+    def candidates(self, tokens: Tokens) -> bool:
+        return True
+
 
 @dataclass(frozen=True)
 class SelectBy(Selector):
@@ -197,3 +207,6 @@ class SelectBy(Selector):
 
     def bound(self, tokens: Tokens, capacity: float) -> int | None:
         return self._rule(tokens).bound(tokens, capacity)
+
+    def candidates(self, tokens: Tokens) -> bool:
+        return self._rule(tokens).candidates(tokens)

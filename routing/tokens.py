@@ -133,6 +133,11 @@ class Tokens:
         """One row as a batch of its own, padding included."""
         return self._map(lambda t: t[b : b + 1], self.counts_B[b : b + 1])
 
+    def repeated(self, times: int) -> Tokens:
+        """Every row ``times`` times, copies side by side, as ``generate`` lays out beams."""
+        counts = tuple(row for row in self.counts_B for _ in range(times))
+        return self._map(lambda t: t.repeat_interleave(times, dim=0), counts)
+
     def extended(self, by: int) -> Tokens:
         """With ``by`` more ANSWER tokens at the end of every row."""
         if by == 0:

@@ -112,15 +112,6 @@ def test_a_shared_router_is_one_key_and_gets_the_gradient_of_all_its_layers():
     assert gates[0].network.weight.grad.any()
 
 
-def test_decoding_with_a_cache_is_refused_by_name():
-    model, _ = routed()
-    batch = padded([row(1, 5)])
-    del batch["labels"]
-    with pytest.raises(ValueError, match=r"Layer 2, routed by 'depth'.*use_cache=False"):
-        model.eval().generate(**batch, max_new_tokens=3)
-    assert model.generate(**batch, max_new_tokens=3, use_cache=False).shape == (1, 22 + 3)
-
-
 def test_a_bare_decoder_and_wrong_facts_are_refused():
     model, tape = routed()
     with pytest.raises(RuntimeError, match="whole vision-language model"):

@@ -1,0 +1,53 @@
+"""Mixture-of-Depths: a layer takes only its best-scored tokens (Raposo et al. 2024, arXiv 2404.02258)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from routing import (
+    CapacitySchedule,
+    Constant,
+    Decoder,
+    DepthSelector,
+    Every,
+    ExpertChoice,
+    LinearRouter,
+    Placement,
+    RouterSpec,
+    RoutingPlugin,
+    Sharing,
+    Sigmoid,
+    Weighting,
+    WholeBlock,
+    register,
+)
+
+
+@register
+@dataclass(frozen=True)
+class MixtureOfDepths(RoutingPlugin):
+    """Mixture-of-Depths (arXiv 2404.02258): a token that is taken becomes x + w * (layer(x) - x), the others stay x.
+
+    By default the vision tokens of a row compete for the places of every second layer. ``selector`` routes other kinds
+    of tokens too (``routes``), or lets each token decide alone (``Threshold``), which is causal.
+
+    Args:
+        placement: Routed layers.
+        capacity: Share of the routed tokens that a layer takes, by depth and training progress (``WarmUp``).
+        router: How tokens are scored; ``ModalityRouter`` scores vision and text apart.
+        sharing: One router for each layer, or one for all of them.
+        weighting: From scores to the multiplier w, (0, 1) by default.
+        selector: Who is taken.
+    """
+
+    placement: Placement = Every(2, start=1)
+    capacity: CapacitySchedule = Constant(0.5)
+    router: RouterSpec = LinearRouter()
+    sharing: Sharing = "separate"
+    weighting: Weighting = Sigmoid()
+    selector: DepthSelector = ExpertChoice()
+
+    def apply(self, decoder: Decoder) -> None:
+        for site in decoder.sites(self.placement):
+            gate = decoder.gate(site, self.router, self.weighting, self.selector, self.capacity, self.sharing)
+            decoder.route_layer(site, gate, WholeBlock())

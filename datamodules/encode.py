@@ -17,6 +17,7 @@ from datamodules.records import BadSampleError, Record
 from datamodules.templates import Message, Rendered, Template, render
 from routing.tokens import NOWHERE, TokenKind
 
+READ = {"input_ids", "attention_mask", "pixel_values", "token_type_ids", "mm_token_type_ids"}  # of a processor's output
 IGNORED = -100  # label of a token that is not supervised
 
 
@@ -78,6 +79,11 @@ class Encoder:
         if images:
             out = self.processor(text=[rendered.text], images=images, return_tensors="pt")
             ids, pixels = out["input_ids"][0], out["pixel_values"]
+            if unread := set(out) - READ:
+                raise ValueError(
+                    f"{type(self.processor).__name__} also gives {', '.join(sorted(unread))}, which batches do not"
+                    " carry: use a model that takes pictures of one size, as LLaVA-1.5 does."
+                )
         if len(ids) > self.max_length:
             raise BadSampleError(
                 f"Record {record.id!r} has {len(ids)} tokens, max_length is {self.max_length}. Raise max_length,"

@@ -127,6 +127,16 @@ class LlavaData(L.LightningDataModule):
         return int(self.processor.tokenizer.eos_token_id)
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """Every kind of question in any split."""
+        return tuple(sorted({turn.kind for records in self.records.values() for r in records for turn in r.turns}))
+
+    @property
+    def answer_end(self) -> str | None:
+        """What ends an answer besides the end token: captions of the ``plain`` template end with their line."""
+        return "\n" if self.template.name == "plain" else None
+
+    @property
     def groups(self) -> dict[str, tuple[str, ...]]:
         """Kinds of questions whose scores are also averaged by themselves."""
         return {}

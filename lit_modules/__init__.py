@@ -1,5 +1,6 @@
 """Training: a routed vision-language model, where it comes from, what trains in it, and how it is judged."""
 
+from lit_modules.answer_writer import AnswerWriter
 from lit_modules.backbones import Backbone, FromConfig, Pretrained
 from lit_modules.evaluation import Generation
 from lit_modules.monitor import RoutingMonitor
@@ -10,6 +11,7 @@ from lit_modules.specs import to_spec
 from lit_modules.tiny_llava import TinyLlava
 
 __all__ = [
+    "AnswerWriter",
     "Backbone",
     "FromConfig",
     "Generation",

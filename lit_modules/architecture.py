@@ -25,6 +25,26 @@ def check_folder(path: object, model: Shapes) -> None:
         check(torch.load(metadata, weights_only=True, map_location="cpu"), model)
 
 
+# Arguments of a backbone that say where weights come from and how they compute, not what they mean.
+ELSEWHERE = {"folder", "name", "path", "revision", "dtype", "attention"}
+
+
+def check_backbone(checkpoint: Mapping[str, object], spec: Mapping[str, object]) -> None:
+    """Refuses a checkpoint of the same shapes whose backbone means something else by them, such as other heads."""
+    stored = cast(Mapping[str, object], checkpoint.get("hyper_parameters", {})).get("backbone")
+    if not isinstance(stored, Mapping) or stored.get("class_path") != spec["class_path"]:
+        return
+    was, now = (cast(Mapping[str, object], s["init_args"]) for s in (stored, spec))
+    differ = [k for k in sorted(was.keys() & now.keys()) if k not in ELSEWHERE and was[k] != now[k]]
+    if differ:
+        raise ValueError(
+            "The checkpoint was trained with another backbone: "
+            + ", ".join(f"{key} {was[key]} (now {now[key]})" for key in differ)
+            + ".\nAllowed: the same values; they would load, and mean something else.\nUse the config.yaml beside that"
+            " run's checkpoints, or leave out `ckpt_path`."
+        )
+
+
 def check(checkpoint: Mapping[str, object], model: Shapes) -> None:
     """Refuses a checkpoint whose tensors have other names or shapes than the model's."""
     stored = cast(Shapes | None, checkpoint.get(KEY))

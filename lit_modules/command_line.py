@@ -16,7 +16,6 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lit_modules.complaints import explain
 
@@ -122,12 +121,8 @@ class RoutingCLI(LightningCLI):
         """Lightning would let the checkpoint's hyper-parameters beat the config and the command line."""
 
     def _say_where_logs_are(self) -> None:
-        @rank_zero_only
-        def say() -> None:
-            logger = self.trainer.logger
-            if logger is not None and logger.save_dir:
-                print(f"\nLogs of this run: {self.trainer.log_dir}\nShow them: tensorboard --logdir {logger.save_dir}")
-
-        say()
+        run, logger = self.trainer.log_dir, self.trainer.logger  # log_dir is a collective: all ranks ask
+        if self.trainer.is_global_zero and logger is not None and logger.save_dir:
+            print(f"\nLogs of this run: {run}\nShow them: tensorboard --logdir {logger.save_dir}")
 
     after_fit = after_validate = after_test = after_predict = _say_where_logs_are

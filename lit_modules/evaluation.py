@@ -38,7 +38,7 @@ class Score:
     kind: str
     questions: int
     exact_match: float
-    majority: float
+    majority: float | None
     blank: float | None
 
 
@@ -48,13 +48,19 @@ class Evaluation(nn.Module):
     Args:
         majority: The most frequent training answer of each kind.
         groups: Kinds that are also averaged by themselves, by the group's name.
+        kinds: All kinds that may be asked; by default those of ``majority``. Others are counted as ``other``.
     """
 
-    def __init__(self, majority: Mapping[str, str], groups: Mapping[str, Sequence[str]] | None = None) -> None:
+    def __init__(
+        self,
+        majority: Mapping[str, str],
+        groups: Mapping[str, Sequence[str]] | None = None,
+        kinds: Sequence[str] | None = None,
+    ) -> None:
         super().__init__()
         self.groups = dict(groups or {})
         self.answer_of = dict(majority)
-        self.model, self.majority, self.blank = (ExactMatch(list(majority)) for _ in range(3))
+        self.model, self.majority, self.blank = (ExactMatch(kinds or list(majority)) for _ in range(3))
 
     def update(
         self, kinds: Sequence[str], truths: Sequence[str], answers: Sequence[str], blank: Sequence[str] | None
@@ -70,7 +76,13 @@ class Evaluation(nn.Module):
         model, majority = self.model.compute(), self.majority.compute()
         blank = self.blank.compute() if self.blank.update_called else {}
         rows = [
-            Score(kind, n, share, majority[kind][1], blank[kind][1] if kind in blank else None)
+            Score(
+                kind,
+                n,
+                share,
+                majority[kind][1] if self.answer_of else None,
+                blank[kind][1] if kind in blank else None,
+            )
             for kind, (n, share) in model.items()
         ]
         means = [mean(name, [row for row in rows if row.kind in kinds]) for name, kinds in self.groups.items()]
@@ -87,11 +99,12 @@ def mean(name: str, rows: Sequence[Score]) -> Score | None:
     if not rows:
         return None
     blank = [row.blank for row in rows if row.blank is not None]
+    majority = [row.majority for row in rows if row.majority is not None]
     return Score(
         name,
         sum(row.questions for row in rows),
         sum(row.exact_match for row in rows) / len(rows),
-        sum(row.majority for row in rows) / len(rows),
+        sum(majority) / len(majority) if majority else None,
         sum(blank) / len(blank) if blank else None,
     )
 
@@ -101,7 +114,8 @@ def tags(scores: Sequence[Score], stage: str) -> dict[str, float]:
     logged = {}
     for score in scores:
         logged[f"{stage}/exact_match/{score.kind}"] = score.exact_match
-        logged[f"{stage}/majority/{score.kind}"] = score.majority
+        if score.majority is not None:
+            logged[f"{stage}/majority/{score.kind}"] = score.majority
         if score.blank is not None:
             logged[f"{stage}/blank/{score.kind}"] = score.blank
     return logged

@@ -39,11 +39,14 @@ class RoutingMonitor(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Mapping[str, object], batch_idx: int, loader: int = 0
     ) -> None:
-        if batch_idx or trainer.sanity_checking or not trainer.is_global_zero or "pixel_values" not in batch:
+        if batch_idx or trainer.sanity_checking:
+            return
+        folder = trainer.log_dir  # a collective: all ranks ask
+        if not trainer.is_global_zero or "pixel_values" not in batch:
             return
         with trainer.precision_plugin.val_step_context():
             for name, drawn in self.sheets(pl_module, batch):
-                self._show(trainer, name, drawn)
+                self._show(trainer, folder, name, drawn)
 
     def sheets(self, module: RoutedVLM, batch: Mapping[str, object]) -> Iterator[tuple[str, np.ndarray]]:
         """A name and a sheet for each of the first images of a batch, from one forward."""
@@ -56,7 +59,8 @@ class RoutingMonitor(Callback):
         for number, (row, image) in enumerate(places(tokens) if depth else ()):
             if len(drawn) < self.images and not any(torch.equal(pixels[number], other) for other in drawn):
                 drawn.append(pixels[number])  # several questions may share one picture
-                yield str(ids[row]), self._sheet(str(ids[row]), depth, row, image, pixels[number])
+                name = f"{ids[row]}/image_{image}" if image else str(ids[row])
+                yield name, self._sheet(name, depth, row, image, pixels[number])
 
     def _sheet(
         self, name: str, records: Sequence[RoutingRecord], row: int, image: int, pixels_3HW: Tensor
@@ -69,10 +73,10 @@ class RoutingMonitor(Callback):
             tiles.append(Tile(caption, lit(shown, kept_RC)))
         return sheet(f"{name}: patches kept by each routed layer", tiles, self.columns)
 
-    def _show(self, trainer: Trainer, name: str, drawn: np.ndarray) -> None:
+    def _show(self, trainer: Trainer, run: str | None, name: str, drawn: np.ndarray) -> None:
         name = name.replace("/", "_")
-        if trainer.log_dir is not None:
-            folder = Path(trainer.log_dir) / "kept_patches"
+        if run is not None:
+            folder = Path(run) / "kept_patches"
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(drawn).save(folder / f"{name}.png")
         add_image = getattr(getattr(trainer.logger, "experiment", None), "add_image", None)

@@ -37,6 +37,11 @@ class Optimization:
             if name in rates:
                 decay = self.weight_decay if parameter.ndim > 1 else 0.0
                 groups.setdefault((rates[name], decay), []).append(parameter)
+        if not groups:
+            raise ValueError(
+                f"parts: no parameter trains; its rates name {sorted(set(rates.values())) or 'nothing'}. Give a part"
+                " that this model has (vision, projector, language_model; routers where a plugin is enabled) a rate."
+            )
         return torch.optim.AdamW(
             [
                 {"params": parameters, "lr": rate, "weight_decay": decay, "name": f"lr_{rate:g}_decay_{decay:g}"}

@@ -45,6 +45,16 @@ def freeze_all_but(model: nn.Module, names: Mapping[str, float]) -> None:
             parameter.data = parameter.data.float()
 
 
+def refuse_true_half(precision: str) -> None:
+    """Refuses precisions that turn the whole model, routers included, into half precision."""
+    if precision.endswith("-true") and not precision.startswith(("32", "64")):
+        raise ValueError(
+            f"`trainer.precision: {precision}` would make routers and trained weights half-precise: scores tie, small"
+            " steps are lost.\nAllowed: 32-true, 64-true, bf16-mixed, 16-mixed.\nUse bf16-mixed; frozen parts may"
+            " have `dtype: bfloat16` in the backbone."
+        )
+
+
 def check_precision(model: nn.Module, *, mixed: bool) -> None:
     """Refuses what trains badly without a word, and what would fail deep inside a matrix product."""
     trained = {n: p.dtype for n, p in model.named_parameters() if p.requires_grad}

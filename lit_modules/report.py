@@ -14,7 +14,7 @@ def evaluation_table(scores: Sequence[Score]) -> str:
             s.kind,
             str(s.questions),
             f"{s.exact_match:.3f}",
-            f"{s.majority:.3f}",
+            "" if s.majority is None else f"{s.majority:.3f}",
             "" if s.blank is None else f"{s.blank:.3f}",
         )
         for s in scores

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from lightning import LightningDataModule, LightningModule
@@ -57,7 +57,7 @@ class RoutedVLM(LightningModule):
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
-        self.backbone, self.plugins, self.parts = backbone, plugins or {}, parts or DEFAULT_PARTS
+        self.backbone, self.plugins, self.parts = backbone, plugins or {}, DEFAULT_PARTS if parts is None else parts
         self.optimization, self.objective, self.generation = optimization, objective, generation
         self.checkpoint_activations = checkpoint_activations
         self.model: PreTrainedModel | None = None
@@ -83,13 +83,18 @@ class RoutedVLM(LightningModule):
         parts.freeze_all_but(model, self.rates)
         if self.checkpoint_activations:
             recompute_layers(model)
+        if self._trainer is not None:
+            parts.check_precision(model, mixed="mixed" in str(self._trainer.precision))
         # Hugging Face answers in evaluation mode, and Lightning leaves modes as it finds them.
         self.model = model.train()
         # Sharded tensors are loaded before `on_load_checkpoint` is called.
         architecture.check_folder(getattr(self._trainer, "ckpt_path", None), architecture.shapes(self.state_dict()))
 
     def setup(self, stage: str) -> None:
-        self.evaluation = Evaluation(self._data.majority, getattr(self._data, "groups", {}))
+        parts.refuse_true_half(str(self.trainer.precision))
+        data = self._data
+        kinds = getattr(data, "kinds", tuple(data.majority))
+        self.evaluation = Evaluation(data.majority, getattr(data, "groups", {}), kinds)
 
     @property
     def _data(self) -> LightningDataModule:
@@ -105,7 +110,6 @@ class RoutedVLM(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         assert self.model is not None
-        parts.check_precision(self.model, mixed="mixed" in str(self.trainer.precision))
         self.total_steps = self.trainer.estimated_stepping_batches
         optimizer = self.optimization.optimizer(self.model, self.rates)
         schedule = self.optimization.schedule(optimizer, self.total_steps)
@@ -134,7 +138,15 @@ class RoutedVLM(LightningModule):
         ):
             # Right padding needs no mask under causal attention, and a mask would cost the flash kernel.
             output = self.model(**model_inputs(batch), use_cache=False)
-        return Step(batch, output.logits, records, self._per_token(number(batch, "supervised_in_window")))
+        logits_NV = output.logits + self._touch() if "pixel_values" not in batch else output.logits
+        return Step(batch, logits_NV, records, self._per_token(number(batch, "supervised_in_window")))
+
+    def _touch(self) -> Tensor | float:
+        """0, from every parameter that only pictures reach: DDP waits for the gradients of all that train."""
+        assert self.model is not None
+        part = parts.part_of_each(self.model)
+        seen = [p for n, p in self.model.named_parameters() if part[n] in ("vision", "projector") and p.requires_grad]
+        return sum(0 * p.float().sum() for p in seen)
 
     def _per_token(self, supervised: int) -> float | Tensor:
         trainer = self.trainer
@@ -171,7 +183,9 @@ class RoutedVLM(LightningModule):
                 suppress_tokens=[self.model.config.image_token_id],
             )
         new_BT = ids_BT[:, inputs["input_ids"].shape[1] :]
-        return [answer.strip() for answer in tokenizer.batch_decode(new_BT, skip_special_tokens=True)]
+        end = getattr(self._data, "answer_end", None)
+        said = tokenizer.batch_decode(new_BT, skip_special_tokens=True)
+        return [(answer.lstrip().split(end)[0] if end else answer).strip() for answer in said]
 
     def validation_step(self, batch: Mapping[str, object], batch_idx: int) -> None:
         assert self.evaluation is not None
@@ -223,3 +237,4 @@ class RoutedVLM(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, object]) -> None:
         self.configure_model()
         architecture.check(checkpoint, architecture.shapes(self.state_dict()))
+        architecture.check_backbone(checkpoint, cast("Mapping[str, object]", to_spec(self.backbone)))

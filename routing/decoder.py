@@ -56,6 +56,7 @@ class Decoder:
         self.layers = decoder_layers(model)
         self.dim: int = model.config.get_text_config().hidden_size
         self._by = ""
+        self._built: dict[tuple[str, str], tuple[RouterSpec, int]] = {}
         self._claims: dict[tuple[int, Part], tuple[Site, Wrap]] = {}
 
     def __len__(self) -> int:
@@ -105,11 +106,18 @@ class Decoder:
         assert isinstance(routers, nn.ModuleDict)
         if site.by not in routers:
             routers[site.by] = nn.ModuleDict()
-        mine, key = routers[site.by], sharing if sharing == "shared" else str(site.layer)
+        own = str(site.layer) if site.part == "layer" else f"{site.layer}_{site.part}"
+        mine, key = routers[site.by], sharing if sharing == "shared" else own
         assert isinstance(mine, nn.ModuleDict)
         if key not in mine:
             with self.model.device:
                 mine[key] = spec.build(self.dim, experts)
+            self._built[site.by, key] = (spec, experts)
+        elif self._built[site.by, key] != (spec, experts):
+            raise ValueError(
+                f"Plugin {site.by!r} asks for one router {key!r} in two forms: {self._built[site.by, key]} and"
+                f" {(spec, experts)}. Give the second place a router of its own, or both the same form."
+            )
         router = mine[key]
         assert isinstance(router, Router)
         return router

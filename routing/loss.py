@@ -78,6 +78,11 @@ class LoadBalance(AuxLoss):
 
     def __call__(self, record: RoutingRecord) -> Tensor:
         _, T, E = record.scores_BTE.shape
+        if E == 1:
+            raise ValueError(
+                f"LoadBalance balances experts, and layer {record.site.layer} has one score per token (depth routing),"
+                f" where it is the constant 1. Remove it, or use ZLoss or RouterCrossEntropy."
+            )
         real_BT1 = record.tokens.valid_BT[..., None].float()
         load_E = (record.decision.routed_BTE(T, E).float() * real_BT1).sum((0, 1))
         share_E = load_E / load_E.sum().clamp_min(1)

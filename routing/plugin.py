@@ -96,9 +96,14 @@ def attach(model: PreTrainedModel, plugins: Mapping[str, RoutingPlugin]) -> Rout
         if not name.isidentifier():
             raise ValueError(f"Plugin name {name!r}: use letters, digits and underscores, as in 'depth' or 'moe_2'.")
     decoder = Decoder(model, tape)
-    for name, plugin in enabled.items():
-        with decoder.claiming(name):
-            plugin.apply(decoder)
+    try:
+        for name, plugin in enabled.items():
+            with decoder.claiming(name):
+                plugin.apply(decoder)
+    except Exception:  # nothing is claimed by halves
+        if hasattr(model, "routers"):
+            del model.routers
+        raise
     decoder.commit()
     if enabled:
         observer = TokenObserver(tape)

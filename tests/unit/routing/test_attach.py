@@ -11,6 +11,7 @@ from routing import (
     All,
     Between,
     Constant,
+    Decoder,
     Every,
     Layers,
     Linear,
@@ -18,7 +19,9 @@ from routing import (
     MLPRouter,
     PerLayer,
     RoutingPlugin,
+    RoutingTape,
     ShiftedCosine,
+    Site,
     TanhNorm,
     TokenChoice,
     WarmUp,
@@ -36,6 +39,23 @@ def test_two_plugins_on_one_layer_are_refused_before_anything_is_changed():
     with pytest.raises(ValueError, match=r"'a' and 'b' both route the layer of decoder layer 7"):
         attach(model, plugins)
     assert {type(layer).__mro__[1].__name__ for layer in model.get_decoder().layers} == {"GradientCheckpointingLayer"}
+    attach(model, {"a": ProgressiveDepths()})  # nothing was left behind
+
+
+def test_routers_of_two_parts_of_a_layer_are_two_and_a_shared_one_has_one_form():
+    decoder = Decoder(tiny_llava(), RoutingTape())
+    attention, mlp = (Site(3, 8, part, "x") for part in ("attention", "mlp"))
+    assert decoder.router(LinearRouter(), attention, "separate") is not decoder.router(LinearRouter(), mlp, "separate")
+    shared = decoder.router(LinearRouter(), attention, "shared")
+    assert decoder.router(LinearRouter(), mlp, "shared") is shared
+    with pytest.raises(ValueError, match="one router 'shared' in two forms"):
+        decoder.router(LinearRouter(), mlp, "shared", experts=4)
+
+
+def test_zero_initialised_routers_start_at_zero_after_hugging_faces_own_initialisation():
+    model = tiny_llava()
+    attach(model, {"depth": ProgressiveDepths()})
+    assert not any(parameter.any() for parameter in model.routers.parameters())
 
 
 def test_disjoint_plugins_compose_and_disabled_ones_are_absent():

@@ -173,5 +173,7 @@ def test_losses_equal_loops_over_real_tokens():
         p = one[b, t, 0].sigmoid().item()
         entropy -= math.log(p if kept.keep_BT()[b, t] else 1 - p) / len(real)
     assert RouterCrossEntropy()(record(one, kept)).item() == pytest.approx(entropy, rel=1e-5)
+    with pytest.raises(ValueError, match="LoadBalance balances experts"):
+        LoadBalance()(record(one, kept))
     with pytest.raises(ValueError, match="one score per token"):
         RouterCrossEntropy()(record(scores, choice))

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DistributedSampler
 from transformers import AutoProcessor, ProcessorMixin
 
 from datamodules.collate import QuestionCollator, TrainingCollator
@@ -164,11 +165,12 @@ class LlavaData(L.LightningDataModule):
         """Shuffled conversations, with the supervised tokens of each accumulation window."""
         dataset = Conversations(self._split("train"), self.encoder, self.policy)
         trainer = self.trainer
+        share = None if trainer is None else trainer.distributed_sampler_kwargs
         return WindowLoader(
             dataset,
             batch_size=self.batch_size,
-            shuffle=True,
-            generator=torch.Generator().manual_seed(self.seed),
+            # Its order follows from seed and epoch, also where a run is resumed; Lightning tells it the epoch.
+            sampler=DistributedSampler(dataset, seed=self.seed, **(share or {"num_replicas": 1, "rank": 0})),
             collate_fn=TrainingCollator(self.pad_id),
             window=1 if trainer is None else trainer.accumulate_grad_batches,
             limit=1.0 if trainer is None else trainer.limit_train_batches,

@@ -90,3 +90,12 @@ def test_hyperparameters_are_plain_values(digits: DigitsVQA) -> None:
     assert b"datamodules" not in saved
     again = DigitsVQA(**{k: v for k, v in digits.hparams.items() if k in ("root", "stem", "train_scenes")})
     assert again.spec.stem == digits.spec.stem
+
+
+def test_the_order_follows_from_seed_and_epoch(digits: DigitsVQA) -> None:
+    orders = []
+    for epoch in (0, 1, 1):
+        loader = digits.train_dataloader()
+        loader.sampler.set_epoch(epoch)  # as Lightning does, after a resume too
+        orders.append([batch["input_ids"].tolist() for batch in loader])
+    assert orders[0] != orders[1] and orders[1] == orders[2]

@@ -50,8 +50,8 @@ def refuse_true_half(precision: str) -> None:
     if precision.endswith("-true") and not precision.startswith(("32", "64")):
         raise ValueError(
             f"`trainer.precision: {precision}` would make routers and trained weights half-precise: scores tie, small"
-            " steps are lost.\nAllowed: 32-true, 64-true, bf16-mixed, 16-mixed.\nUse bf16-mixed; frozen parts may"
-            " have `dtype: bfloat16` in the backbone."
+            " steps are lost.\nAllowed: 32-true, 64-true, bf16-mixed, 16-mixed.\nUse bf16-mixed, which keeps"
+            " float32 weights; frozen parts may have `dtype: bfloat16` in the backbone."
         )
 
 

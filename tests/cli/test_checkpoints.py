@@ -93,7 +93,7 @@ def test_a_sharded_checkpoint_is_checked_by_what_it_says_of_itself(tmp_path):
         other.on_load_checkpoint(metadata)
     torch.save(metadata, tmp_path / "meta.pt")
     again = RoutedVLM(TinyLlava(layers=3, width=16, heads=2))
-    again._trainer = SimpleNamespace(ckpt_path=str(tmp_path))
+    again._trainer = SimpleNamespace(ckpt_path=str(tmp_path), precision="32-true")
     with pytest.raises(ValueError, match="only in the model"):
         again.configure_model()
 

@@ -138,7 +138,8 @@ class RoutedVLM(LightningModule):
         ):
             # Right padding needs no mask under causal attention, and a mask would cost the flash kernel.
             output = self.model(**model_inputs(batch), use_cache=False)
-        logits_NV = output.logits + self._touch() if "pixel_values" not in batch else output.logits
+        unseen = "pixel_values" not in batch and self.trainer.world_size > 1
+        logits_NV = output.logits + self._touch() if unseen else output.logits
         return Step(batch, logits_NV, records, self._per_token(number(batch, "supervised_in_window")))
 
     def _touch(self) -> Tensor | float:

@@ -141,10 +141,10 @@ def _kept(layer: nn.Module, tokens: Tokens) -> Sequence[int]:
     """Tokens of each row that enter a layer."""
     if not isinstance(layer, RoutedLayer):
         return [sum(row[1:]) for row in tokens.counts_B]
-    kept = [layer.gate.bound(tokens.row(b)) for b in range(len(tokens.counts_B))]
-    if None in kept:
+    kept = layer.gate.kept(tokens)
+    if kept is None:
         raise ValueError(
             f"How many tokens enter layer {layer.gate.site.layer} depends on the data under"
             f" {type(layer.gate.selector).__name__}; measure it, nothing can be counted beforehand."
         )
-    return [n for n in kept if n is not None]
+    return kept

@@ -53,11 +53,11 @@ class Gate:
         """Whether every token of this forward enters without being asked; known on the host."""
         return not any(tokens.count((TokenKind.PAD,))) and not self.selector.candidates(tokens)
 
+    def kept(self, tokens: Tokens) -> tuple[int, ...] | None:
+        """Most tokens that each row keeps here, known on the host; None if only the data tell."""
+        return self.selector.kept(tokens, self.share(tokens.progress))
+
     def ragged(self, tokens: Tokens) -> bool:
         """Whether rows may keep unlike numbers of tokens, so that the shorter ones leave slots empty."""
-        bounds = {self.bound(tokens.row(b)) for b in range(len(tokens.counts_B))}
-        return None in bounds or len(bounds) > 1
-
-    def bound(self, tokens: Tokens) -> int | None:
-        """Most tokens that a row keeps here, known on the host; None if only the data tell."""
-        return self.selector.bound(tokens, self.share(tokens.progress))
+        kept = self.kept(tokens)
+        return kept is None or len(set(kept)) > 1

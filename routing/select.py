@@ -31,8 +31,13 @@ class Selector(ABC):
         """``capacity`` is the share of the candidate tokens, in (0, 1]."""
 
     @abstractmethod
+    def kept(self, tokens: Tokens, capacity: float) -> tuple[int, ...] | None:
+        """Most tokens that each row can keep, known on the host; None if only the data tell."""
+
     def bound(self, tokens: Tokens, capacity: float) -> int | None:
-        """Most tokens that a row can keep, known on the host; None if only the data tell."""
+        """Most tokens that any row can keep, known on the host; None if only the data tell."""
+        kept = self.kept(tokens, capacity)
+        return None if kept is None else max(kept)
 
     @abstractmethod
     def candidates(self, tokens: Tokens) -> bool:
@@ -95,12 +100,12 @@ class DepthSelector(Selector, ABC):
     def candidates(self, tokens: Tokens) -> bool:
         return any(tokens.count(self.routes))
 
-    def bound(self, tokens: Tokens, capacity: float) -> int | None:
+    def kept(self, tokens: Tokens, capacity: float) -> tuple[int, ...] | None:
         always = [kind for kind in TokenKind if kind is not TokenKind.PAD and kind not in self.routes]
-        kept = [self.most(candidates, capacity) for candidates in tokens.count(self.routes)]
-        if None in kept:
+        chosen = [self.most(candidates, capacity) for candidates in tokens.count(self.routes)]
+        if None in chosen:
             return None
-        return max(n + dense for n, dense in zip(kept, tokens.count(always), strict=True) if n is not None)
+        return tuple(n + dense for n, dense in zip(chosen, tokens.count(always), strict=True) if n is not None)
 
 
 @dataclass(frozen=True)
@@ -170,8 +175,8 @@ class TokenChoice(Selector):
         valid_BTK = tokens.valid_BT[..., None].expand_as(expert_BTK)
         return TokenChoices(expert_BTK, weights_BTE.gather(-1, expert_BTK), valid_BTK)
 
-    def bound(self, tokens: Tokens, capacity: float) -> int:
-        return tokens.shape[1]
+    def kept(self, tokens: Tokens, capacity: float) -> tuple[int, ...]:
+        return tokens.count(kind for kind in TokenKind if kind is not TokenKind.PAD)
 
     def candidates(self, tokens: Tokens) -> bool:
         return True
@@ -205,8 +210,8 @@ class SelectBy(Selector):
     def __call__(self, scores_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens, capacity: float) -> Decision:
         return self._rule(tokens)(scores_BTE, weights_BTE, tokens, capacity)
 
-    def bound(self, tokens: Tokens, capacity: float) -> int | None:
-        return self._rule(tokens).bound(tokens, capacity)
+    def kept(self, tokens: Tokens, capacity: float) -> tuple[int, ...] | None:
+        return self._rule(tokens).kept(tokens, capacity)
 
     def candidates(self, tokens: Tokens) -> bool:
         return self._rule(tokens).candidates(tokens)

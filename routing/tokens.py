@@ -129,10 +129,6 @@ class Tokens:
         kinds = tuple(kinds)
         return tuple(sum(row[kind] for kind in kinds) for row in self.counts_B)
 
-    def row(self, b: int) -> Tokens:
-        """One row as a batch of its own, padding included."""
-        return self._map(lambda t: t[b : b + 1], self.counts_B[b : b + 1])
-
     def repeated(self, times: int) -> Tokens:
         """Every row ``times`` times, copies side by side, as ``generate`` lays out beams."""
         counts = tuple(row for row in self.counts_B for _ in range(times))

@@ -156,8 +156,8 @@ def test_no_layer_asks_the_device(plugins):
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         model = tiny_llava()
         tape = attach(model, plugins)
-        if any(layer.gate.bound(tokens) is None for layer in gated(model)):
-            pytest.skip("how many tokens the rule keeps depends on the data: bound = None")
+        if any(layer.gate.kept(tokens) is None for layer in gated(model)):
+            pytest.skip("how many tokens the rule keeps depends on the data: kept = None")
         tape.begin(Tokens(*(mode.from_tensor(t) for t in tokens._tensors()), tokens.counts_B))
         x = torch.empty(*tokens.shape, 32)
         angles = model.get_decoder().rotary_emb(x, position_ids=torch.arange(tokens.shape[1])[None])

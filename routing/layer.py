@@ -92,6 +92,8 @@ class RoutedLayer(nn.Module):
     ) -> Tensor:
         # position_ids stay here: the rotary angles are enough, and ids with holes look like packed sequences to flash.
         if index_BK is None or valid_BK is None or weight_BT is None:
+            if self.branch is not None:
+                self.branch.weight = None  # one may be left where a forward before this was broken off
             whole: Tensor = super().forward(hidden_states, position_embeddings=position_embeddings, **kwargs)
             return whole
         if weight_BT.requires_grad and not torch.is_grad_enabled():

@@ -176,3 +176,13 @@ def test_a_single_token_step_asks_neither_the_router_nor_the_host():
     assert records == []
     holders = [layer for layer in out.past_key_values.layers if isinstance(layer, RoutedKV)]
     assert len(holders) == 6 and all(layer.valid_BS is None for layer in holders)
+
+
+def test_a_forward_that_broke_off_leaves_no_weight_to_the_next_step():
+    model, _ = routed(P_MOD)
+    batch = prompts(ROWS[:1])
+    step = {"input_ids": torch.tensor([[9]]), "use_cache": True}
+    want = model(**step, past_key_values=model(**batch, use_cache=True).past_key_values).logits
+    cache = model(**batch, use_cache=True).past_key_values
+    model.get_decoder().layers[3].branch.weight = torch.full((1, 1, 1), 7.0)
+    assert torch.equal(model(**step, past_key_values=cache).logits, want)

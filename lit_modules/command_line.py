@@ -8,7 +8,7 @@ import traceback
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, set_parsing_settings
 from lightning import LightningDataModule, LightningModule, Trainer
@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_modules.complaints import explain
+from lit_modules.monitor import RoutingMonitor
 
 PLUGINS = "model.init_args.plugins"
 BASES = {
@@ -107,6 +108,15 @@ class RoutingCLI(LightningCLI):
             "-c", "--config", action=MergedConfigs, help="YAML file; several are merged, later ones win."
         )
         return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(RoutingMonitor, "monitor")
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """A monitor among the configured callbacks stands in for the one under ``monitor``."""
+        if any(isinstance(callback, RoutingMonitor) for callback in config.get("callbacks") or ()):
+            callbacks = [callback for callback in callbacks if not isinstance(callback, RoutingMonitor)]
+        return super()._instantiate_trainer(config, callbacks)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: object) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)

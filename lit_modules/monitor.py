@@ -1,100 +1,179 @@
-"""What the routers do, as pictures."""
+"""What the routers do, as numbers and pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import ExitStack
+from math import isnan
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from lightning import Callback, LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
 
-from lit_modules.batches import model_inputs
-from lit_modules.pictures import Tile, kept_patches, lit, picture, sheet
-from routing import KeptTokens, RoutingRecord, TokenKind, Tokens
+from lit_modules.kept_patches import KeptPatches
+from lit_modules.retention_map import History, label
+from lit_modules.tally import Counts, Histogram, Reduce, Tally
+from routing import RoutingRecord
 
 if TYPE_CHECKING:
     from lit_modules.routed_vlm import RoutedVLM
 
+Detail = Literal["nothing", "brief", "detailed"]
+
 
 class RoutingMonitor(Callback):
-    """Draws, at each validation, the patches that every routed layer kept of the first validation images.
+    """Shows what the routed layers decided in every ``log_every_n_steps``-th step, over its batches and all ranks.
 
-    The sheets go to TensorBoard (``depth/kept/<id>``) and as PNG files into the run's folder, under ``kept_patches``.
+    ======================================== ======== ==============================================================
+    tag                                      detail   what
+    ======================================== ======== ==============================================================
+    ``depth/retention``, ``…/<kind>``        brief    share of the candidate tokens that enter, over all layers
+    ``depth/target``                         brief    share that the capacities ask for
+    ``router/entropy``                       brief    bits per candidate, of softmax over experts or of sigmoid(score)
+    ``router/scores``                        brief    histogram of the candidates' scores
+    ``depth/map``                            brief    layer by step: asked for beside kept
+    ``depth/kept/<id>``                      brief    the patches that each layer kept of the first validation images
+    ``…/layer_<n>``                          detailed retention, target, entropy and scores of each layer
+    ======================================== ======== ==============================================================
+
+    Pictures also go to the run's folder as PNG files. Steps in between cost nothing.
 
     Args:
-        images: Images that are drawn, at least 1.
-        scale: Side of a drawn pixel, at least 1.
-        columns: Tiles in a row, at least 1.
+        detail: ``nothing``, ``brief`` or ``detailed``.
+        patches: How the kept patches are drawn.
     """
 
-    def __init__(self, images: int = 4, scale: int = 2, columns: int = 6) -> None:
-        if min(images, scale, columns) < 1:
-            raise ValueError(f"RoutingMonitor(images={images}, scale={scale}, columns={columns}): each is at least 1.")
-        self.images, self.scale, self.columns = images, scale, columns
+    def __init__(self, detail: Detail = "brief", patches: KeptPatches = KeptPatches()) -> None:  # noqa: B008  (frozen)
+        if detail not in ("nothing", "brief", "detailed"):
+            raise ValueError(f"RoutingMonitor(detail={detail!r}): give 'nothing', 'brief' or 'detailed'.")
+        self.detail, self.patches = detail, patches
+        self.history = History()
+        self._tally, self._open = Tally(), ExitStack()
+        self._records: list[RoutingRecord] = []
+        self._step = 0
+
+    # Numbers
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: RoutedVLM, batch: object, batch_idx: int) -> None:
+        self._open.close()
+        self._records, self._step = [], trainer.global_step
+        every = trainer.log_every_n_steps
+        if self.detail != "nothing" and every and (self._step + 1) % every == 0:
+            self._records = self._open.enter_context(pl_module.tape.recording())
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: RoutedVLM, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        self._open.close()
+        self._tally.add(self._records)
+        self._records = []
+        if trainer.global_step > self._step and self._tally.sites:
+            self._log(trainer, pl_module)
+            self._tally = Tally()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._open.close()
+
+    def _log(self, trainer: Trainer, module: LightningModule) -> None:
+        reduce = over_ranks(trainer)
+        counts = self._tally.counts(reduce)
+        everything = Counts.sum(counts.values())
+        self.history.add(self._step, counts)
+        groups = {"": list(counts)}
+        values = scalars("", everything)
+        values |= {f"depth/retention/{k.name.lower()}": share for k, share in everything.by_kind().items()}
+        if self.detail == "detailed":
+            groups |= {f"/{label(site)}": [site] for site in counts}
+            for site, each in counts.items():
+                values |= scalars(f"/{label(site)}", each)
+        module.log_dict({tag: value for tag, value in values.items() if not isnan(value)})
+        for tag, scores in zip(groups, self._tally.histograms(groups.values(), reduce), strict=True):
+            if scores is not None:
+                write_histogram(trainer, f"router/scores{tag}", scores, self._step)
+
+    # Pictures
 
     def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Mapping[str, object], batch_idx: int, loader: int = 0
+        self, trainer: Trainer, pl_module: RoutedVLM, batch: Mapping[str, object], batch_idx: int, loader: int = 0
     ) -> None:
-        if batch_idx or trainer.sanity_checking:
+        if batch_idx or trainer.sanity_checking or self.detail == "nothing" or not self.patches.images:
             return
         folder = trainer.log_dir  # a collective: all ranks ask
         if not trainer.is_global_zero or "pixel_values" not in batch:
             return
         with trainer.precision_plugin.val_step_context():
-            for name, drawn in self.sheets(pl_module, batch):
-                self._show(trainer, folder, name, drawn)
+            for name, drawn in self.patches.sheets(pl_module, batch):
+                name = name.replace("/", "_")
+                write_image(trainer, folder, f"depth/kept/{name}", f"kept_patches/{name}.png", drawn)
 
-    def sheets(self, module: RoutedVLM, batch: Mapping[str, object]) -> Iterator[tuple[str, np.ndarray]]:
-        """A name and a sheet for each of the first images of a batch, from one forward."""
-        tokens, pixels, ids = batch["tokens"], batch["pixel_values"], batch["ids"]
-        assert isinstance(tokens, Tokens) and isinstance(pixels, Tensor) and isinstance(ids, Sequence)
-        with torch.no_grad(), module.tape.about(tokens), module.tape.recording() as records:
-            module.model(**model_inputs(batch, mask=True), use_cache=False)
-        depth = [record for record in records if isinstance(record.decision, KeptTokens)]
-        drawn: list[Tensor] = []
-        for number, (row, image) in enumerate(places(tokens) if depth else ()):
-            if len(drawn) < self.images and not any(torch.equal(pixels[number], other) for other in drawn):
-                drawn.append(pixels[number])  # several questions may share one picture
-                name = f"{ids[row]}/image_{image}" if image else str(ids[row])
-                yield name, self._sheet(name, depth, row, image, pixels[number])
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._draw_map(trainer)
 
-    def _sheet(
-        self, name: str, records: Sequence[RoutingRecord], row: int, image: int, pixels_3HW: Tensor
-    ) -> np.ndarray:
-        shown = picture(pixels_3HW, self.scale)
-        tiles = [Tile("image", shown)]
-        for record in records:
-            kept_RC = kept_patches(record, row, image, grid(record.tokens, row, image))
-            caption = f"layer {record.site.layer}: {int(kept_RC.sum())} of {kept_RC.numel()}"
-            tiles.append(Tile(caption, lit(shown, kept_RC)))
-        return sheet(f"{name}: patches kept by each routed layer", tiles, self.columns)
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._draw_map(trainer)
 
-    def _show(self, trainer: Trainer, run: str | None, name: str, drawn: np.ndarray) -> None:
-        name = name.replace("/", "_")
-        if run is not None:
-            folder = Path(run) / "kept_patches"
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(drawn).save(folder / f"{name}.png")
-        add_image = getattr(getattr(trainer.logger, "experiment", None), "add_image", None)
-        if add_image is not None:
-            add_image(f"depth/kept/{name}", drawn, trainer.global_step, dataformats="HWC")
+    def _draw_map(self, trainer: Trainer) -> None:
+        folder = trainer.log_dir  # a collective: all ranks ask
+        if trainer.is_global_zero and self.history.new:
+            write_image(trainer, folder, "depth/map", "retention_map.png", self.history.drawn())
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.history.state()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = History.of(state_dict)
 
 
-def places(tokens: Tokens) -> list[tuple[int, int]]:
-    """Row and image number of each picture whose patches have a known place, in the order of ``pixel_values``."""
-    vision_BT = tokens.kind_BT == TokenKind.VISION
-    found = []
-    for row in range(tokens.shape[0]):
-        images = tokens.image_BT[row][vision_BT[row]].unique().tolist()
-        found += [(row, image) for image in images]
-    return found if bool((tokens.row_BT[vision_BT] >= 0).all()) else []
+def scalars(suffix: str, counts: Counts) -> dict[str, float]:
+    """What is drawn of some sites, by tag."""
+    return {
+        f"depth/retention{suffix}": counts.retention,
+        f"depth/target{suffix}": counts.target,
+        f"router/entropy{suffix}": counts.mean_entropy,
+    }
 
 
-def grid(tokens: Tokens, row: int, image: int) -> tuple[int, int]:
-    """Rows and columns of a picture's patches."""
-    ours_T = (tokens.kind_BT[row] == TokenKind.VISION) & (tokens.image_BT[row] == image)
-    return int(tokens.row_BT[row][ours_T].max()) + 1, int(tokens.column_BT[row][ours_T].max()) + 1
+def over_ranks(trainer: Trainer) -> Reduce:
+    """Sums, or takes the largest, over all processes; gives a tensor on the CPU."""
+
+    def reduce(values: Tensor, how: str) -> Tensor:
+        if trainer.world_size == 1:
+            return values
+        reduced = trainer.strategy.reduce(values.to(trainer.strategy.root_device), reduce_op=how)
+        assert isinstance(reduced, Tensor)
+        return reduced.cpu()
+
+    return reduce
+
+
+def write_image(trainer: Trainer, run: str | None, tag: str, file: str, drawn: np.ndarray) -> None:
+    """Into the run's folder, and to every logger that takes images as TensorBoard's does."""
+    if run is not None:
+        path = Path(run) / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(drawn).save(path)
+    for logger in trainer.loggers:
+        if hasattr(logger.experiment, "add_image"):
+            logger.experiment.add_image(tag, drawn, trainer.global_step, dataformats="HWC")
+
+
+def write_histogram(trainer: Trainer, tag: str, scores: Histogram, step: int) -> None:
+    """To every logger that takes histograms as TensorBoard's does."""
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        if hasattr(logger.experiment, "add_histogram_raw"):
+            logger.experiment.add_histogram_raw(
+                tag,
+                min=scores.edges[0],
+                max=scores.edges[-1],
+                num=int(scores.counts.sum()),
+                sum=scores.total,
+                sum_squares=scores.squares,
+                bucket_limits=scores.edges[1:].tolist(),
+                bucket_counts=scores.counts.tolist(),
+                global_step=step,
+            )

@@ -1,4 +1,4 @@
-"""Drawings of what was routed, without matplotlib.
+"""Sheets of captioned pictures, without matplotlib.
 
 Shape suffixes: H height and W width in pixels, R rows and C columns of patches.
 """
@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-
-from routing import KeptTokens, RoutingRecord, TokenKind
 
 MARGIN, CAPTION, FONT = 6, 18, 12
 DIMMED = 0.25  # brightness of a patch that passed a layer by
@@ -30,17 +28,6 @@ class Tile:
 
     caption: str
     pixels_HW3: np.ndarray
-
-
-def kept_patches(record: RoutingRecord, row: int, image: int, shape: tuple[int, int]) -> Tensor:
-    """True where a patch of that picture was kept; bool (R, C), on the CPU."""
-    tokens, decision = record.tokens, record.decision
-    assert isinstance(decision, KeptTokens)
-    ours_T = (tokens.kind_BT[row] == TokenKind.VISION) & (tokens.image_BT[row] == image)
-    kept_N = decision.keep_BT()[row][ours_T].cpu()
-    grid_RC = torch.zeros(shape, dtype=torch.bool)
-    grid_RC[tokens.row_BT[row][ours_T].long().cpu(), tokens.column_BT[row][ours_T].long().cpu()] = kept_N
-    return grid_RC
 
 
 def picture(pixels_3HW: Tensor, scale: int) -> np.ndarray:

@@ -42,7 +42,9 @@ class Gate:
         weights_BTE = self.weighting(scores_BTE).to(x_BTD.dtype)
         share = self.share(tokens.progress)
         decision = self.selector(scores_BTE, weights_BTE, tokens, share)
-        self.tape.write(RoutingRecord(self.site, scores_BTE, decision, share, tokens))
+        asked = None if self.kept(tokens) is None else share
+        candidate_BT = self.selector.candidate_BT(tokens)
+        self.tape.write(RoutingRecord(self.site, scores_BTE, decision, asked, tokens, candidate_BT))
         return decision
 
     def share(self, progress: float = 1.0) -> float:

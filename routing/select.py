@@ -13,18 +13,23 @@ from torch import Tensor
 
 from routing.capacity import kept_count
 from routing.decision import Decision, KeptTokens, TokenChoices
-from routing.tokens import TokenKind, Tokens
+from routing.tokens import Phase, TokenKind, Tokens
 
 
 class Selector(ABC):
     """A rule from scores to a decision.
 
-    ``causal``: a token's decision depends on no later token, so cached decoding equals one forward.
+    ``causal``: a token's decision depends on no later token, so that a step after a cache can take it. Cached decoding
+    equals one forward if one causal ``rule`` decides in both prefill and decode.
     ``batch_independent``: a row's decision depends on no other row.
     """
 
     causal: bool
     batch_independent: bool = True
+
+    def rule(self, phase: Phase) -> Selector:
+        """What decides in this phase."""
+        return self
 
     @abstractmethod
     def __call__(self, scores_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens, capacity: float) -> Decision:
@@ -42,6 +47,10 @@ class Selector(ABC):
     @abstractmethod
     def candidates(self, tokens: Tokens) -> bool:
         """Whether any token of the batch is this rule's to decide on; known on the host."""
+
+    def candidate_BT(self, tokens: Tokens) -> Tensor:
+        """True at the tokens that are this rule's to decide on; bool (B, T), by default all but padding."""
+        return tokens.valid_BT
 
 
 def top_mask(scores_BT: Tensor, candidate_BT: Tensor, count_B: Tensor, tokens: Tokens) -> Tensor:
@@ -89,7 +98,7 @@ class DepthSelector(Selector, ABC):
         """Most of ``candidates`` tokens that can enter; None if only the data tell."""
 
     def __call__(self, scores_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens, capacity: float) -> KeptTokens:
-        candidate_BT = tokens.mask(self.routes)
+        candidate_BT = self.candidate_BT(tokens)
         scores_BT, weights_BT = scores_BTE[..., 0], weights_BTE[..., 0]
         chosen_BT = self.chosen_BT(scores_BT.detach(), weights_BT.detach(), candidate_BT, tokens, capacity)
         keep_BT = chosen_BT | (tokens.valid_BT & ~candidate_BT)
@@ -99,6 +108,9 @@ class DepthSelector(Selector, ABC):
 
     def candidates(self, tokens: Tokens) -> bool:
         return any(tokens.count(self.routes))
+
+    def candidate_BT(self, tokens: Tokens) -> Tensor:
+        return tokens.mask(self.routes)
 
     def kept(self, tokens: Tokens, capacity: float) -> tuple[int, ...] | None:
         always = [kind for kind in TokenKind if kind is not TokenKind.PAD and kind not in self.routes]
@@ -198,20 +210,23 @@ class SelectBy(Selector):
 
     @property
     def causal(self) -> bool:  # type: ignore[override]
-        return self.prefill.causal and self.decode.causal
+        return self.decode.causal
 
     @property
     def batch_independent(self) -> bool:  # type: ignore[override]
         return all(rule.batch_independent for rule in (self.train, self.prefill, self.decode))
 
-    def _rule(self, tokens: Tokens) -> Selector:
-        return {"train": self.train, "prefill": self.prefill, "decode": self.decode}[tokens.phase]
+    def rule(self, phase: Phase) -> Selector:
+        return {"train": self.train, "prefill": self.prefill, "decode": self.decode}[phase]
 
     def __call__(self, scores_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens, capacity: float) -> Decision:
-        return self._rule(tokens)(scores_BTE, weights_BTE, tokens, capacity)
+        return self.rule(tokens.phase)(scores_BTE, weights_BTE, tokens, capacity)
 
     def kept(self, tokens: Tokens, capacity: float) -> tuple[int, ...] | None:
-        return self._rule(tokens).kept(tokens, capacity)
+        return self.rule(tokens.phase).kept(tokens, capacity)
 
     def candidates(self, tokens: Tokens) -> bool:
-        return self._rule(tokens).candidates(tokens)
+        return self.rule(tokens.phase).candidates(tokens)
+
+    def candidate_BT(self, tokens: Tokens) -> Tensor:
+        return self.rule(tokens.phase).candidate_BT(tokens)

@@ -45,15 +45,17 @@ class RoutingRecord:
         site: Where.
         scores_BTE: The router's scores, float32 (batch, tokens, experts), with their graph.
         decision: What was decided.
-        capacity: Share of the candidate tokens that the schedule asked for.
+        capacity: Share of the candidate tokens that the schedule asked for; None where the rule follows no schedule.
         tokens: The facts it was decided on.
+        candidate_BT: True at the tokens that the rule decided on; all others were not its to route.
     """
 
     site: Site
     scores_BTE: Tensor
     decision: Decision
-    capacity: float
+    capacity: float | None
     tokens: Tokens
+    candidate_BT: Tensor
 
 
 class RoutingTape:

@@ -1,14 +1,20 @@
 """The drawings: a record that keeps a known patch lights exactly that patch."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_modules.monitor import RoutingMonitor, grid, places
-from lit_modules.pictures import DIMMED, Tile, kept_patches, lit, picture, sheet
-from routing import KeptTokens, RoutingRecord, Site, TokenKind, Tokens
+from lit_modules.kept_patches import KeptPatches, grid, kept_patches, places
+from lit_modules.monitor import RoutingMonitor
+from lit_modules.pictures import DIMMED, Tile, lit, picture, sheet
+from lit_modules.retention_map import UNKNOWN, History, colours, columns, panel, retention_map
+from lit_modules.tally import Counts, Tally
+from routing import KeptTokens, RoutingRecord, RoutingTape, Site, TokenKind, Tokens
 
-V, Q = TokenKind.VISION, TokenKind.QUESTION
+V, Q, A, PAD = TokenKind.VISION, TokenKind.QUESTION, TokenKind.ANSWER, TokenKind.PAD
 
 
 def two_images() -> Tokens:
@@ -25,7 +31,7 @@ def test_a_kept_patch_lights_exactly_its_place():
     keep = tokens.kind_BT == Q
     keep[0, 1 + 6 + 4] = True  # second picture, row 1, column 1
     decision = KeptTokens.of(keep, torch.ones(2, 14), 14)
-    record = RoutingRecord(Site(0, 2, "layer", "depth"), torch.zeros(2, 14, 1), decision, 0.1, tokens)
+    record = RoutingRecord(Site(0, 2, "layer", "depth"), torch.zeros(2, 14, 1), decision, 0.1, tokens, tokens.mask([V]))
     assert places(tokens) == [(0, 0), (0, 1)] and grid(tokens, 0, 1) == (2, 3)
     assert not kept_patches(record, 0, 0, (2, 3)).any()
     kept = kept_patches(record, 0, 1, (2, 3))
@@ -49,6 +55,98 @@ def test_places_unknown_to_the_collator_are_not_drawn():
     assert places(Tokens.of(torch.tensor([[V] * 4]))) == []
 
 
-def test_nothing_to_draw_is_refused():
-    with pytest.raises(ValueError, match="each is at least 1"):
-        RoutingMonitor(images=0)
+def test_what_cannot_be_drawn_is_refused():
+    with pytest.raises(ValueError, match="images is at least 0"):
+        KeptPatches(images=-1)
+    with pytest.raises(ValueError, match="'nothing', 'brief' or 'detailed'"):
+        RoutingMonitor(detail="off")
+
+
+def record(layer: int, capacity: float | None, seed: int) -> RoutingRecord:
+    """A rule over vision and question tokens that kept some of them at random; the second row is padded."""
+    torch.manual_seed(seed)
+    tokens = Tokens.of(torch.tensor([[Q, V, V, V, Q, A], [V, V, Q, A, PAD, PAD]]))
+    candidate_BT = tokens.mask([V, Q])
+    keep_BT = (torch.rand(2, 6) < 0.5) & candidate_BT | tokens.mask([A])
+    decision = KeptTokens.of(keep_BT, torch.ones(2, 6), 6)
+    return RoutingRecord(
+        Site(layer, 4, "layer", "depth"), torch.randn(2, 6, 2), decision, capacity, tokens, candidate_BT
+    )
+
+
+def test_a_tally_counts_candidates_by_kind_and_never_padding():
+    records = [record(1, 0.5, seed=0), record(3, None, seed=1), record(1, 0.25, seed=2)]
+    tally = Tally()
+    for each in records:
+        tally.add([each])
+    counts = tally.counts(lambda values, _: 2 * values)  # as if a second rank had seen the same
+    assert [site.layer for site in counts] == [1, 3]
+    for site, got in counts.items():
+        seen = kept = asked = bits = 0.0
+        for each in (r for r in records if r.site == site):
+            for b, t in [(b, t) for b in range(2) for t in range(6) if each.tokens.kind_BT[b, t] in (V, Q)]:
+                seen, kept = seen + 1, kept + bool(each.decision.keep_BT()[b, t])
+                asked += float("nan") if each.capacity is None else each.capacity
+                bits -= sum(p * np.log2(p) for p in each.scores_BTE[b, t].softmax(-1).tolist())
+        assert got.candidates[V] == seen // 8 * 10 and got.candidates[Q] == seen // 8 * 6 and got.candidates[A] == 0
+        assert got.total == 2 * seen and got.retention == pytest.approx(kept / seen)
+        assert got.mean_entropy == pytest.approx(bits / seen, rel=1e-6)
+        assert got.target == pytest.approx(asked / seen, nan_ok=True)
+    everything = Counts.sum(counts.values())
+    assert everything.total == sum(each.total for each in counts.values()) and np.isnan(everything.target)
+
+
+def test_ranks_without_scores_leave_no_histogram():
+    tally = Tally()
+    only_answers = Tokens.of(torch.tensor([[A, A]]))
+    decision = KeptTokens.of(only_answers.valid_BT, torch.ones(1, 2), 2)
+    site = Site(0, 1, "layer", "depth")
+    tally.add([RoutingRecord(site, torch.zeros(1, 2, 1), decision, 0.5, only_answers, only_answers.mask([V]))])
+    assert tally.histograms([[site]], lambda values, _: values) == [None]
+    assert np.isnan(tally.counts(lambda values, _: values)[site].retention)
+
+
+def test_the_map_averages_what_it_has_no_room_for_and_greys_the_unknown():
+    share_LS = np.array([[0.0, 1.0, 0.5, 0.5], [np.nan, np.nan, 1.0, 1.0]])
+    assert np.array_equal(columns(share_LS, most=2), [[0.5, 0.5], [np.nan, 1.0]], equal_nan=True)
+    band = panel(share_LS, row=3)
+    assert band.shape == (6, 400, 3)
+    for column, share in enumerate(share_LS[0]):
+        assert (band[:3, column * 100 : (column + 1) * 100] == colours(np.array(share))).all()
+    assert (band[3:, :200] == UNKNOWN).all()
+    names, nothing = ["layer_00", "layer_01"], np.full((2, 4), np.nan)
+    assert retention_map(names, range(4), nothing, share_LS).dtype == np.uint8
+
+
+def test_a_map_continues_from_a_checkpoint_and_starts_again_for_other_layers():
+    counts = {Site(n, 4, "layer", "depth"): Counts({V: 4}, {V: n}, 2.0, 0.0) for n in (1, 2)}
+    history = History()
+    history.add(9, counts)
+    again = History.of(history.state())
+    again.add(19, counts)
+    assert again.steps == [9, 19] and again.kept_SL == [[0.25, 0.5]] * 2 and again.target_SL == [[0.5, 0.5]] * 2
+    again.add(29, dict([*counts.items()][:1]))
+    assert again.steps == [29] and again.names == ["layer_01"]
+
+
+class Ops(TorchDispatchMode):
+    """Counts what torch is asked."""
+
+    asked = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.asked += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("detail", "step"), [("nothing", 9), ("detailed", 3)])
+def test_steps_that_are_not_logged_cost_nothing(detail, step):
+    module, trainer = SimpleNamespace(tape=RoutingTape()), SimpleNamespace(global_step=step, log_every_n_steps=10)
+    monitor = RoutingMonitor(detail)
+    with Ops() as ops:
+        monitor.on_train_batch_start(trainer, module, {}, 0)
+        module.tape.write(record(1, 0.5, seed=0))
+        before = ops.asked
+        trainer.global_step += 1
+        monitor.on_train_batch_end(trainer, module, None, {}, 0)
+    assert ops.asked == before and not monitor.history.steps

@@ -112,7 +112,9 @@ def test_select_by_follows_the_phase():
     for phase, expected in (("train", rule.train), ("prefill", rule.prefill), ("decode", rule.decode)):
         now = tokens.during(phase, 1.0)
         assert torch.equal(rule(scores, weights, now, 0.5).index_BK, expected(scores, weights, now, 0.5).index_BK)
-    assert rule.causal and not SelectBy(Threshold(), ExpertChoice(), Threshold()).causal
+    assert rule.causal and not SelectBy(Threshold(), Threshold(), ExpertChoice()).causal
+    # Only a step after a cache meets earlier tokens that it cannot rank among.
+    assert SelectBy(ExpertChoice(), ExpertChoice(), Threshold()).causal
 
 
 @pytest.mark.parametrize("routes", [(), (TokenKind.PAD,)])
@@ -152,7 +154,7 @@ def test_separate_routers_each_score_their_own_modality():
 
 
 def record(scores: torch.Tensor, decision) -> RoutingRecord:
-    return RoutingRecord(Site(0, 2, "layer", "depth"), scores, decision, 0.5, Tokens.of(KINDS))
+    return RoutingRecord(Site(0, 2, "layer", "depth"), scores, decision, 0.5, Tokens.of(KINDS), KINDS != TokenKind.PAD)
 
 
 def test_losses_equal_loops_over_real_tokens():

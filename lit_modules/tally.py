@@ -1,0 +1,174 @@
+"""Counts of what the routers decided, over batches, accumulation and ranks; padding never counts.
+
+Shape suffixes: B batch, T tokens, E experts, K kinds of tokens, F forwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import log
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from routing import KeptTokens, RoutingRecord, Site, TokenKind
+
+KINDS = [kind for kind in TokenKind if kind is not TokenKind.PAD]
+BINS = 64
+Reduce = Callable[[Tensor, str], Tensor]  # over ranks: a float64 tensor on the CPU, and "sum" or "max"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one site, or several together, decided about its candidate tokens.
+
+    Args:
+        candidates: Tokens that were to be decided on, by kind.
+        kept: Those of them that entered, by kind.
+        asked: How many the capacity asked for; NaN where a rule follows none.
+        entropy: Sum over the candidates of the entropy of their router's choice, in bits.
+    """
+
+    candidates: Mapping[TokenKind, int]
+    kept: Mapping[TokenKind, int]
+    asked: float
+    entropy: float
+
+    @property
+    def total(self) -> int:
+        """Candidates of every kind."""
+        return sum(self.candidates.values())
+
+    @property
+    def retention(self) -> float:
+        """Share of the candidates that entered; NaN of none."""
+        return sum(self.kept.values()) / self.total if self.total else float("nan")
+
+    @property
+    def target(self) -> float:
+        """Share of the candidates that the capacity asked for; NaN of none, or where a rule follows no capacity."""
+        return self.asked / self.total if self.total else float("nan")
+
+    @property
+    def mean_entropy(self) -> float:
+        """Bits per candidate: how undecided the routers are; NaN of none."""
+        return self.entropy / self.total if self.total else float("nan")
+
+    def by_kind(self) -> dict[TokenKind, float]:
+        """Share of the candidates of each kind that entered; only kinds that have candidates."""
+        return {kind: self.kept[kind] / n for kind, n in self.candidates.items() if n}
+
+    @classmethod
+    def sum(cls, parts: Iterable[Counts]) -> Counts:
+        """Several sites together."""
+        parts = list(parts)
+        candidates, kept = (
+            {kind: sum(getattr(part, name)[kind] for part in parts) for kind in KINDS}
+            for name in ("candidates", "kept")
+        )
+        return cls(candidates, kept, sum(part.asked for part in parts), sum(part.entropy for part in parts))
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Router scores of candidates, in bins of equal width.
+
+    Args:
+        edges: Ends of the bins, one more than there are counts.
+        counts: Scores in each bin.
+        total: Sum of the scores.
+        squares: Sum of their squares.
+    """
+
+    edges: np.ndarray
+    counts: np.ndarray
+    total: float
+    squares: float
+
+
+class Tally:
+    """Collects the depth-routing records of some forwards and sums them over ranks."""
+
+    def __init__(self) -> None:
+        self._counts: dict[Site, list[Tensor]] = {}
+        self._scores: dict[Site, list[Tensor]] = {}
+
+    @property
+    def sites(self) -> list[Site]:
+        """Where something was counted, first layer first."""
+        return list(self._counts)
+
+    def add(self, records: Iterable[RoutingRecord]) -> None:
+        """Counts one forward's records; asks nothing of the device."""
+        for record in records:
+            if isinstance(record.decision, KeptTokens):
+                self._counts.setdefault(record.site, []).append(count(record))
+                self._scores.setdefault(record.site, []).append(candidate_scores(record))
+
+    def counts(self, reduce: Reduce) -> dict[Site, Counts]:
+        """What each site decided, first layer first, on all ranks together."""
+        if not self._counts:
+            return {}
+        sums = torch.stack([torch.stack(each).cpu().double().sum(0) for each in self._counts.values()])
+        K = len(KINDS)
+        return {
+            site: Counts(
+                dict(zip(KINDS, map(int, row[:K]), strict=True)),
+                dict(zip(KINDS, map(int, row[K : 2 * K]), strict=True)),
+                *row[2 * K :],
+            )
+            for site, row in zip(self._counts, reduce(sums, "sum").tolist(), strict=True)
+        }
+
+    def histograms(self, groups: Iterable[Iterable[Site]], reduce: Reduce) -> list[Histogram | None]:
+        """The scores of each group of sites, on all ranks together; None of none."""
+        pools = [self._pool(sites) for sites in groups]
+        ends = [[-pool.min(), pool.max()] if pool.size else [-np.inf, -np.inf] for pool in pools]
+        edges = [bins(-low, high) for low, high in reduce(torch.tensor(ends, dtype=torch.float64), "max").tolist()]
+        rows = [
+            [*np.histogram(pool, edge)[0], pool.sum(), np.square(pool).sum()]
+            for pool, edge in zip(pools, edges, strict=True)
+        ]
+        summed = reduce(torch.tensor(np.array(rows), dtype=torch.float64), "sum").numpy()
+        return [
+            Histogram(edge, row[:BINS], float(row[BINS]), float(row[BINS + 1])) if row[:BINS].any() else None
+            for edge, row in zip(edges, summed, strict=True)
+        ]
+
+    def _pool(self, sites: Iterable[Site]) -> np.ndarray:
+        scores_N = torch.cat([scores.flatten().cpu() for site in sites for scores in self._scores[site]])
+        return scores_N[~scores_N.isnan()].double().numpy()
+
+
+def bins(low: float, high: float) -> np.ndarray:
+    """Ends of ``BINS`` equal bins between the smallest and the largest score, a little apart where all are equal."""
+    if low > high:
+        low, high = 0.0, 0.0  # no scores at all
+    return np.linspace(low, high, BINS + 1) if high > low else np.linspace(low - 0.5, high + 0.5, BINS + 1)
+
+
+def count(record: RoutingRecord) -> Tensor:
+    """Candidates by kind, kept by kind, asked for, entropy; float64 (2 K + 2), on the record's device."""
+    assert isinstance(record.decision, KeptTokens)
+    tokens, candidate_BT = record.tokens, record.candidate_BT
+    kinds_K11 = torch.tensor([int(kind) for kind in KINDS], device=candidate_BT.device)[:, None, None]
+    candidate_KBT = (tokens.kind_BT == kinds_K11) & candidate_BT
+    candidates_K = candidate_KBT.sum((1, 2))
+    kept_K = (candidate_KBT & record.decision.keep_BT()).sum((1, 2))
+    asked = candidates_K.sum() * (float("nan") if record.capacity is None else record.capacity)
+    entropy = (entropy_bits(record.scores_BTE.detach()) * candidate_BT).sum()
+    return torch.cat([candidates_K, kept_K, asked[None], entropy[None]])
+
+
+def candidate_scores(record: RoutingRecord) -> Tensor:
+    """The scores of the candidates; NaN everywhere else, (B, T, E)."""
+    return record.scores_BTE.detach().masked_fill(~record.candidate_BT[..., None], torch.nan)
+
+
+def entropy_bits(scores_BTE: Tensor) -> Tensor:
+    """Entropy of each token's choice, in bits: of softmax over experts, of sigmoid where there is one score; (B, T)."""
+    choices_BTE = F.pad(scores_BTE, (0, 1)) if scores_BTE.shape[-1] == 1 else scores_BTE
+    return torch.special.entr(choices_BTE.softmax(-1)).sum(-1) / log(2)

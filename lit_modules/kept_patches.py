@@ -33,7 +33,7 @@ class KeptPatches:
 
     images: int = 4
     scale: int = 2
-    columns: int = 6
+    columns: int = 3
 
     def __post_init__(self) -> None:
         if self.images < 0 or min(self.scale, self.columns) < 1:

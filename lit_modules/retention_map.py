@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 from lit_modules.tally import Counts
 from routing import Site
 
-PANEL, LEFT, RIGHT, TOP, BOTTOM, FONT = 400, 70, 50, 46, 40, 12  # pixels
-SCALE, GAP = 14, 16  # width of the colour scale and of what stands around it
+PANEL, LEFT, RIGHT, TOP, BETWEEN, BOTTOM, FONT = 300, 66, 40, 62, 30, 26, 12  # pixels
+SCALE = 14  # width of the colour scale
 ANCHORS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=float)
 UNKNOWN = np.array([200, 200, 200], dtype=float)
 
@@ -95,34 +95,36 @@ def retention_map(
         kept_LS: Share that was kept; NaN where there was nothing to decide.
         row: Height of a layer's band.
     """
-    block = LEFT + PANEL + RIGHT
-    size = (2 * block + SCALE + 3 * GAP + RIGHT, TOP + len(names) * row + BOTTOM)
+    height = len(names) * row
+    size = (LEFT + PANEL + RIGHT + 2 * SCALE + RIGHT, TOP + 2 * height + BETWEEN + BOTTOM)
     canvas = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=FONT)
     draw.text((6, 6), title(names, steps, target_LS, kept_LS), fill="black", font=font)
     for number, (caption, share_LS) in enumerate((("asked for", target_LS), ("kept", kept_LS))):
-        x = LEFT + number * block
-        draw.text((x, TOP - 18), f"{caption} (last step at the right)", fill="black", font=font)
-        canvas.paste(Image.fromarray(panel(share_LS, row)), (x, TOP))
+        top = TOP + number * (height + BETWEEN)
+        draw.text((LEFT, top - 18), f"{caption}, and its last value", fill="black", font=font)
+        canvas.paste(Image.fromarray(panel(share_LS, row)), (LEFT, top))
         for layer, name in enumerate(names):
-            y = TOP + layer * row + row // 2
-            draw.text((x - 6, y), name, fill="black", font=font, anchor="rm")
-            draw.text((x + PANEL + 6, y), f"{share_LS[layer, -1]:.2f}", fill="black", font=font, anchor="lm")
-        foot = TOP + len(names) * row + 6
-        draw.text((x, foot), f"step {steps[0]}", fill="black", font=font)
-        draw.text((x + PANEL, foot), f"step {steps[-1]}", fill="black", font=font, anchor="ra")
-    _scale(canvas, 2 * block + GAP, len(names) * row, font)
+            y = top + layer * row + row // 2
+            draw.text((LEFT - 6, y), name, fill="black", font=font, anchor="rm")
+            draw.text((LEFT + PANEL + 6, y), f"{share_LS[layer, -1]:.2f}", fill="black", font=font, anchor="lm")
+    foot = size[1] - BOTTOM + 6
+    draw.text((LEFT, foot), f"step {steps[0]}", fill="black", font=font)
+    draw.text((LEFT + PANEL, foot), f"step {steps[-1]}", fill="black", font=font, anchor="ra")
+    _scale(canvas, LEFT + PANEL + RIGHT + SCALE, 2 * height + BETWEEN, font)
     return np.asarray(canvas)
 
 
 def title(names: Sequence[str], steps: Sequence[int], target_LS: np.ndarray, kept_LS: np.ndarray) -> str:
     """Says where kept and asked for differ most."""
-    start = "Share of the routed tokens that enter each layer"
     gap_LS = np.abs(kept_LS - target_LS)
     if np.isnan(gap_LS).all():
-        return f"{start} (no capacity to follow)"
+        return "Share of the routed tokens that enter a layer\n(no capacity to follow)"
     layer, step = np.unravel_index(np.nanargmax(gap_LS), gap_LS.shape)
-    return f"{start}; largest gap to the target {gap_LS[layer, step]:.3f}, {names[layer]} at step {steps[step]}"
+    where = f"{names[layer]} at step {steps[step]}"
+    return (
+        f"Share of the routed tokens that enter a layer\nlargest gap to the target: {gap_LS[layer, step]:.3f}, {where}"
+    )
 
 
 def _scale(canvas: Image.Image, x: int, height: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> None:

@@ -94,6 +94,7 @@ class Tally:
 
     def __init__(self) -> None:
         self._counts: dict[Site, list[Tensor]] = {}
+        self._capacities: dict[Site, list[float]] = {}
         self._scores: dict[Site, list[Tensor]] = {}
 
     @property
@@ -105,14 +106,16 @@ class Tally:
         """Counts one forward's records; asks nothing of the device."""
         for record in records:
             if isinstance(record.decision, KeptTokens):
+                capacity = float("nan") if record.capacity is None else record.capacity
                 self._counts.setdefault(record.site, []).append(count(record))
+                self._capacities.setdefault(record.site, []).append(capacity)
                 self._scores.setdefault(record.site, []).append(candidate_scores(record))
 
     def counts(self, reduce: Reduce) -> dict[Site, Counts]:
         """What each site decided, first layer first, on all ranks together."""
         if not self._counts:
             return {}
-        sums = torch.stack([torch.stack(each).cpu().double().sum(0) for each in self._counts.values()])
+        sums = reduce(torch.stack([self._sums(site) for site in self._counts]), "sum").tolist()
         K = len(KINDS)
         return {
             site: Counts(
@@ -120,8 +123,14 @@ class Tally:
                 dict(zip(KINDS, map(int, row[K : 2 * K]), strict=True)),
                 *row[2 * K :],
             )
-            for site, row in zip(self._counts, reduce(sums, "sum").tolist(), strict=True)
+            for site, row in zip(self._counts, sums, strict=True)
         }
+
+    def _sums(self, site: Site) -> Tensor:
+        counts_FN = torch.stack(self._counts[site]).cpu().double()
+        candidates_F = counts_FN[:, : len(KINDS)].sum(1)
+        asked = candidates_F @ torch.tensor(self._capacities[site], dtype=torch.float64)
+        return torch.cat([counts_FN[:, :-1].sum(0), asked[None], counts_FN[:, -1].sum()[None]])
 
     def histograms(self, groups: Iterable[Iterable[Site]], reduce: Reduce) -> list[Histogram | None]:
         """The scores of each group of sites, on all ranks together; None of none."""
@@ -151,16 +160,15 @@ def bins(low: float, high: float) -> np.ndarray:
 
 
 def count(record: RoutingRecord) -> Tensor:
-    """Candidates by kind, kept by kind, asked for, entropy; float64 (2 K + 2), on the record's device."""
+    """Candidates by kind, kept by kind, sum of their entropies; float32 (2 K + 1), on the record's device."""
     assert isinstance(record.decision, KeptTokens)
     tokens, candidate_BT = record.tokens, record.candidate_BT
     kinds_K11 = torch.tensor([int(kind) for kind in KINDS], device=candidate_BT.device)[:, None, None]
     candidate_KBT = (tokens.kind_BT == kinds_K11) & candidate_BT
     candidates_K = candidate_KBT.sum((1, 2))
     kept_K = (candidate_KBT & record.decision.keep_BT()).sum((1, 2))
-    asked = candidates_K.sum() * (float("nan") if record.capacity is None else record.capacity)
     entropy = (entropy_bits(record.scores_BTE.detach()) * candidate_BT).sum()
-    return torch.cat([candidates_K, kept_K, asked[None], entropy[None]])
+    return torch.cat([candidates_K, kept_K, entropy[None]])
 
 
 def candidate_scores(record: RoutingRecord) -> Tensor:

@@ -12,7 +12,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lit
-from lit_modules.retention_map import BOTTOM, LEFT, PANEL, RIGHT, TOP, colours
+from lit_modules.retention_map import BETWEEN, BOTTOM, LEFT, PANEL, TOP, colours
 from routing import ShiftedCosine, TokenKind
 from routing.capacity import kept_count
 
@@ -133,13 +133,13 @@ def test_the_map_shows_the_counted_shares(run):
     (file,) = run.rglob("retention_map.png")
     pixels = np.asarray(Image.open(file))
     steps = range(EVERY - 1, STEPS, EVERY)
-    row = (pixels.shape[0] - TOP - BOTTOM) // len(SHARES)
+    row = (pixels.shape[0] - TOP - BETWEEN - BOTTOM) // (2 * len(SHARES))
     for column, step in enumerate(steps):
         for band, (layer, asked) in enumerate(SHARES.items()):
             candidates, kept, _, _ = oracle(run, step, layer)
             x, y = LEFT + (2 * column + 1) * PANEL // (2 * len(steps)), TOP + band * row + row // 2
             assert (pixels[y, x] == colours(np.array(asked))).all()
-            assert (pixels[y, x + LEFT + PANEL + RIGHT] == colours(np.array(kept / candidates))).all()
+            assert (pixels[y + len(SHARES) * row + BETWEEN, x] == colours(np.array(kept / candidates))).all()
 
 
 def test_brief_writes_at_most_forty_tags_and_nothing_writes_none(tiny, tmp_path):

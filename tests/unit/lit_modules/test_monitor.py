@@ -110,10 +110,10 @@ def test_the_map_averages_what_it_has_no_room_for_and_greys_the_unknown():
     share_LS = np.array([[0.0, 1.0, 0.5, 0.5], [np.nan, np.nan, 1.0, 1.0]])
     assert np.array_equal(columns(share_LS, most=2), [[0.5, 0.5], [np.nan, 1.0]], equal_nan=True)
     band = panel(share_LS, row=3)
-    assert band.shape == (6, 400, 3)
+    assert band.shape == (6, 300, 3)
     for column, share in enumerate(share_LS[0]):
-        assert (band[:3, column * 100 : (column + 1) * 100] == colours(np.array(share))).all()
-    assert (band[3:, :200] == UNKNOWN).all()
+        assert (band[:3, column * 75 : (column + 1) * 75] == colours(np.array(share))).all()
+    assert (band[3:, :150] == UNKNOWN).all()
     names, nothing = ["layer_00", "layer_01"], np.full((2, 4), np.nan)
     assert retention_map(names, range(4), nothing, share_LS).dtype == np.uint8
 

@@ -15,6 +15,7 @@ from routing import (
     Placement,
     RouterSpec,
     RoutingPlugin,
+    SelectBy,
     Sharing,
     Sigmoid,
     Weighting,
@@ -29,7 +30,9 @@ class MixtureOfDepths(RoutingPlugin):
     """Mixture-of-Depths (arXiv 2404.02258): a token that is taken becomes x + w * (layer(x) - x), the others stay x.
 
     By default the vision tokens of a row compete for the places of every second layer. ``selector`` routes other kinds
-    of tokens too (``routes``), or lets each token decide alone (``Threshold``), which is causal.
+    of tokens too (``routes``), or lets each token decide alone (``Threshold``), which is causal but holds no capacity:
+    a layer may learn to take nothing. So train by top-k and give the threshold to the other phases (``SelectBy``), with
+    ``RouterCrossEntropy`` among the losses to bring the two together.
 
     Args:
         placement: Routed layers.
@@ -45,7 +48,7 @@ class MixtureOfDepths(RoutingPlugin):
     router: RouterSpec = LinearRouter()
     sharing: Sharing = "separate"
     weighting: Weighting = Sigmoid()
-    selector: DepthSelector = ExpertChoice()
+    selector: DepthSelector | SelectBy = ExpertChoice()
 
     def apply(self, decoder: Decoder) -> None:
         for site in decoder.sites(self.placement):

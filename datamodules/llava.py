@@ -11,14 +11,15 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import DistributedSampler
 from transformers import AutoProcessor, ProcessorMixin
 
 from datamodules.collate import QuestionCollator, TrainingCollator
 from datamodules.dataset import Conversations, Questions
 from datamodules.encode import Encoder
+from datamodules.llava_file import read_records
 from datamodules.loader import ReportingLoader, WindowLoader
-from datamodules.records import ImageOrder, Record, SkipPolicy, describe, majority_answers, read_records
+from datamodules.records import ImageOrder, Record, SkipPolicy, majority_answers
+from datamodules.sampler import ResumableSampler
 from datamodules.templates import VICUNA, Template, TemplateName
 
 
@@ -82,6 +83,10 @@ class LlavaData(L.LightningDataModule):
         max_bad_fraction: float = 0.01,
     ) -> None:
         super().__init__()
+        least = {"batch_size": 1, "eval_batch_size": 1, "max_length": 1, "num_workers": 0}
+        for name, value in zip(least, (batch_size, eval_batch_size, max_length, num_workers), strict=True):
+            if value < least[name]:
+                raise ValueError(f"{name}={value} is too small: give a whole number of at least {least[name]}.")
         self.save_hyperparameters(logger=False)
         # A checkpoint holds plain values, never objects of ours.
         self.hparams.update({key: asdict(v) for key, v in self.hparams.items() if is_dataclass(v)})  # type: ignore[arg-type]
@@ -93,23 +98,36 @@ class LlavaData(L.LightningDataModule):
         self.max_length, self.num_workers, self.seed = max_length, num_workers, seed
         self.policy = SkipPolicy(on_bad_sample, max_bad_fraction)
         self.records: dict[str, list[Record]] = {}
+        self.train_loader: WindowLoader | None = None
+        self._interrupted: dict[str, Any] = {}
 
     def setup(self, stage: str | None = None) -> None:
         """Reads every JSON that is given, once; pictures are read when they are needed."""
         if self.records:
             return
-        skipped: Counter[str] = Counter()
         for split, path in self.paths.items():
             if path is not None:
-                self.records[split], found = read_records(Path(path), self.policy)
-                skipped.update(found)
-        if skipped:
-            rank_zero_warn(f"Records skipped: {describe(skipped)}.")
+                reading = read_records(Path(path), self.policy)
+                self.records[split] = reading.records
+                if told := str(reading):
+                    rank_zero_warn(f"{split} ({path}): {told}.")
+        if not self.image_folder.is_dir() and any(r.images for records in self.records.values() for r in records):
+            raise ValueError(
+                f"image_folder={str(self.image_folder)!r} is not a folder, and the records have images.\nAllowed: the"
+                " folder that their paths are relative to.\nGive it as `data.init_args.image_folder`."
+            )
 
     @cached_property
     def processor(self) -> ProcessorMixin:
         """The processor, with the tokenizer and its padding and end tokens."""
-        processor = AutoProcessor.from_pretrained(self.processor_path)
+        try:
+            processor = AutoProcessor.from_pretrained(self.processor_path)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"processor={self.processor_path!r} cannot be loaded: {str(error).strip().splitlines()[0]}\nAllowed: a"
+                " folder that save_pretrained wrote, or a name on the Hugging Face hub.\nCheck the spelling, the network"
+                " (or HF_HUB_OFFLINE), and that you may read it."
+            ) from error
         tokenizer = processor.tokenizer
         if tokenizer.eos_token is None:
             raise ValueError(f"The tokenizer of {self.processor_path} has no end token: set its eos_token and save it.")
@@ -166,16 +184,34 @@ class LlavaData(L.LightningDataModule):
         dataset = Conversations(self._split("train"), self.encoder, self.policy)
         trainer = self.trainer
         share = None if trainer is None else trainer.distributed_sampler_kwargs
-        return WindowLoader(
+        self.train_loader = WindowLoader(
             dataset,
             batch_size=self.batch_size,
-            # Its order follows from seed and epoch, also where a run is resumed; Lightning tells it the epoch.
-            sampler=DistributedSampler(dataset, seed=self.seed, **(share or {"num_replicas": 1, "rank": 0})),
+            # Lightning tells it the epoch.
+            sampler=ResumableSampler(dataset, seed=self.seed, **(share or {"num_replicas": 1, "rank": 0})),
             collate_fn=TrainingCollator(self.pad_id),
             window=1 if trainer is None else trainer.accumulate_grad_batches,
             limit=1.0 if trainer is None else trainer.limit_train_batches,
             **self._loading(),
         )
+        self._go_on()
+        return self.train_loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the epoch is, so that an interrupted one goes on with the rows that it has not seen."""
+        return {} if self.train_loader is None else self.train_loader.progress()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Of ``fit`` only; sharded models are restored when their loader is there already, others before."""
+        if self.trainer is None or self.trainer.state.fn != "fit":
+            return
+        self._interrupted = state_dict
+        self._go_on()
+
+    def _go_on(self) -> None:
+        if self._interrupted and self.train_loader is not None:
+            self.train_loader.resume(self._interrupted)
+            self._interrupted = {}
 
     def val_dataloader(self) -> ReportingLoader:
         """Questions of the validation split, those with short answers first."""

@@ -15,8 +15,11 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lit_modules import checkpoint_files
+from lit_modules.checkpoint_files import WholeCheckpoints
 from lit_modules.complaints import explain
 from lit_modules.monitor import RoutingMonitor
 
@@ -59,7 +62,7 @@ def run(args: list[str], *, default_config: Path, ours: Iterable[str]) -> None:
             # RoutedVLM writes its own specs, the same from YAML and from Python.
             load_from_checkpoint_support=False,
         )
-    except (ValueError, MisconfigurationException) as error:
+    except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get("LIT_TRACEBACK") or not _is_users(error, set(ours)):
             raise
         complain(str(error))
@@ -113,7 +116,10 @@ class RoutingCLI(LightningCLI):
         parser.add_lightning_class_args(RoutingMonitor, "monitor")
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """A monitor among the configured callbacks stands in for the one under ``monitor``."""
+        """With whole checkpoints; a monitor among the callbacks stands in for the one under ``monitor``."""
+        plugins = config.get("plugins") or []
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            config = {**config, "plugins": [*plugins, WholeCheckpoints()]}
         if any(isinstance(callback, RoutingMonitor) for callback in config.get("callbacks") or ()):
             callbacks = [callback for callback in callbacks if not isinstance(callback, RoutingMonitor)]
         return super()._instantiate_trainer(config, callbacks)
@@ -129,6 +135,9 @@ class RoutingCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would let the checkpoint's hyper-parameters beat the config and the command line."""
+        given = self.config[self.config["subcommand"]]
+        if path := given.get("ckpt_path"):
+            given.ckpt_path = checkpoint_files.found(path)
 
     def _say_where_logs_are(self) -> None:
         run, logger = self.trainer.log_dir, self.trainer.logger  # log_dir is a collective: all ranks ask

@@ -39,19 +39,26 @@ class KeptPatches:
         if self.images < 0 or min(self.scale, self.columns) < 1:
             raise ValueError(f"{self}: images is at least 0, scale and columns at least 1.")
 
-    def sheets(self, module: RoutedVLM, batch: Mapping[str, object]) -> Iterator[tuple[str, np.ndarray]]:
-        """A name and a sheet for each of the first pictures of a batch, from one forward."""
-        tokens, pixels, ids = batch["tokens"], batch["pixel_values"], batch["ids"]
-        assert isinstance(tokens, Tokens) and isinstance(pixels, Tensor) and isinstance(ids, Sequence)
+    def records(self, module: RoutedVLM, batch: Mapping[str, object]) -> list[RoutingRecord]:
+        """What the depth-routed layers decide about a batch, from one forward; a collective call if it is sharded."""
+        tokens = batch["tokens"]
+        assert isinstance(tokens, Tokens)
         with torch.no_grad(), module.tape.about(tokens), module.tape.recording() as records:
             module.model(**model_inputs(batch, mask=True), use_cache=False)
-        depth = [record for record in records if isinstance(record.decision, KeptTokens)]
+        return [record for record in records if isinstance(record.decision, KeptTokens)]
+
+    def sheets(
+        self, records: Sequence[RoutingRecord], batch: Mapping[str, object]
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """A name and a sheet for each of the first pictures of a batch."""
+        tokens, pixels, ids = batch["tokens"], batch["pixel_values"], batch["ids"]
+        assert isinstance(tokens, Tokens) and isinstance(pixels, Tensor) and isinstance(ids, Sequence)
         drawn: list[Tensor] = []
-        for number, (row, image) in enumerate(places(tokens) if depth else ()):
+        for number, (row, image) in enumerate(places(tokens) if records else ()):
             if len(drawn) < self.images and not any(torch.equal(pixels[number], other) for other in drawn):
                 drawn.append(pixels[number])  # several questions may share one picture
                 name = f"{ids[row]}/image_{image}" if image else str(ids[row])
-                yield name, self._sheet(name, depth, row, image, pixels[number])
+                yield name, self._sheet(name, records, row, image, pixels[number])
 
     def _sheet(
         self, name: str, records: Sequence[RoutingRecord], row: int, image: int, pixels_3HW: Tensor

@@ -102,12 +102,15 @@ class RoutingMonitor(Callback):
         if batch_idx or trainer.sanity_checking or self.detail == "nothing" or not self.patches.images:
             return
         folder = trainer.log_dir  # a collective: all ranks ask
-        if not trainer.is_global_zero or "pixel_values" not in batch:
+        if not trainer.is_global_zero and pl_module.device_mesh is None:
             return
         with trainer.precision_plugin.val_step_context():
-            for name, drawn in self.patches.sheets(pl_module, batch):
-                name = name.replace("/", "_")
-                write_image(trainer, folder, f"depth/kept/{name}", f"kept_patches/{name}.png", drawn)
+            records = self.patches.records(pl_module, batch)
+        if not trainer.is_global_zero or "pixel_values" not in batch:
+            return
+        for name, drawn in self.patches.sheets(records, batch):
+            name = name.replace("/", "_")
+            write_image(trainer, folder, f"depth/kept/{name}", f"kept_patches/{name}.png", drawn)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._draw_map(trainer)

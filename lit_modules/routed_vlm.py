@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lit_modules import architecture, parts, report
+from lit_modules import architecture, parts, report, rng
 from lit_modules.activation_checkpointing import recompute_layers
 from lit_modules.backbones import Backbone
 from lit_modules.batches import model_inputs, number
@@ -20,6 +20,7 @@ from lit_modules.evaluation import Evaluation, Generation, Score, tags
 from lit_modules.logits import logits_only_at
 from lit_modules.objectives import LanguageModelling, Objective, Step
 from lit_modules.optimization import Optimization
+from lit_modules.processes import gathered, shard
 from lit_modules.specs import to_spec
 from routing import RoutingPlugin, RoutingTape, attach
 
@@ -66,6 +67,7 @@ class RoutedVLM(LightningModule):
         self.evaluation: Evaluation | None = None
         self.scores: list[Score] = []
         self.total_steps = 0.0
+        self.rng_by_rank: list[Mapping[str, object]] = []
         self.save_hyperparameters(self._spec())
 
     def _spec(self) -> dict[str, object]:
@@ -85,6 +87,8 @@ class RoutedVLM(LightningModule):
             recompute_layers(model)
         if self._trainer is not None:
             parts.check_precision(model, mixed="mixed" in str(self._trainer.precision))
+        if self.device_mesh is not None:
+            shard(model, self.device_mesh)
         # Hugging Face answers in evaluation mode, and Lightning leaves modes as it finds them.
         self.model = model.train()
         # Sharded tensors are loaded before `on_load_checkpoint` is called.
@@ -115,6 +119,10 @@ class RoutedVLM(LightningModule):
         schedule = self.optimization.schedule(optimizer, self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        if len(self.rng_by_rank) == self.trainer.world_size:
+            rng.restore(self.rng_by_rank[self.global_rank])
+
     def training_step(self, batch: Mapping[str, object], batch_idx: int) -> Tensor:
         self.tape.progress = min(1.0, self.global_step / self.total_steps)
         step = self.forward_step(batch)
@@ -138,12 +146,14 @@ class RoutedVLM(LightningModule):
         ):
             # Right padding needs no mask under causal attention, and a mask would cost the flash kernel.
             output = self.model(**model_inputs(batch), use_cache=False)
-        unseen = "pixel_values" not in batch and self.trainer.world_size > 1
-        logits_NV = output.logits + self._touch() if unseen else output.logits
-        return Step(batch, logits_NV, records, self._per_token(number(batch, "supervised_in_window")))
+        return Step(batch, output.logits + self._touch(), records, self._per_token(number(batch, "supervised_in_window")))
 
     def _touch(self) -> Tensor | float:
-        """0, from every parameter that only pictures reach: DDP waits for the gradients of all that train."""
+        """0, from every parameter that pictures reach.
+
+        All ranks wait for the gradients of all that train, and a batch without pictures has none for these; no batch
+        has any for the vision layers behind the one whose features are taken.
+        """
         assert self.model is not None
         part = parts.part_of_each(self.model)
         seen = [p for n, p in self.model.named_parameters() if part[n] in ("vision", "projector") and p.requires_grad]
@@ -178,6 +188,7 @@ class RoutedVLM(LightningModule):
                 **inputs,
                 max_new_tokens=self.generation.max_new_tokens,
                 do_sample=False,
+                synced_gpus=self.device_mesh is not None,  # a rank that is done gathers layers for the others
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=tokenizer.eos_token_id,
                 # A model that answers with an image token would be asked for that image in the next step.
@@ -234,8 +245,10 @@ class RoutedVLM(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
         checkpoint[architecture.KEY] = architecture.shapes(self.state_dict())
+        checkpoint["rng"] = gathered(rng.state())
 
     def on_load_checkpoint(self, checkpoint: dict[str, object]) -> None:
         self.configure_model()
         architecture.check(checkpoint, architecture.shapes(self.state_dict()))
         architecture.check_backbone(checkpoint, cast("Mapping[str, object]", to_spec(self.backbone)))
+        self.rng_by_rank = cast("list[Mapping[str, object]]", checkpoint.get("rng", []))

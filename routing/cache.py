@@ -36,8 +36,10 @@ class RoutedKV(DynamicLayer):  # type: ignore[no-untyped-call]
         query attends to every key, which is so for a single token while there is no hole. ``holes``: whether a slot of
         ``new`` may be empty, known on the host.
         """
-        held = 0 if self.keys is None else self.keys.shape[-2]
         self.seen += tokens
+        if new is None and tokens == 1 and self.valid_BS is None:  # what decoding does, in every layer at every step
+            return None
+        held = 0 if self.keys is None else self.keys.shape[-2]
         if new is None:
             if self.valid_BS is not None:
                 self.valid_BS = torch.nn.functional.pad(self.valid_BS, (0, tokens), value=True)

@@ -169,6 +169,9 @@ def _name(layer: nn.Module, names: tuple[str, ...]) -> str:
     raise ValueError(f"{type(layer).__name__} has none of {', '.join(names)}: its parts cannot be routed by name.")
 
 
+ONE_ANSWER = tuple(int(kind is TokenKind.ANSWER) for kind in TokenKind)
+
+
 class TokenObserver:
     """Opens the tape before each forward of the model, and closes it after.
 
@@ -211,8 +214,7 @@ def generated(ids_BT: Tensor) -> Tokens:
     """Facts of single tokens that follow a cache: ANSWER, without looking at them, so without a host sync."""
     kind_BT = torch.full_like(ids_BT, TokenKind.ANSWER, dtype=torch.int8)
     nowhere = torch.full_like(ids_BT, NOWHERE, dtype=torch.int16)
-    one = tuple(int(kind is TokenKind.ANSWER) for kind in TokenKind)
-    return Tokens(kind_BT, nowhere, nowhere, nowhere, nowhere, (one,) * len(ids_BT))
+    return Tokens(kind_BT, nowhere, nowhere, nowhere, nowhere, (ONE_ANSWER,) * len(ids_BT), "decode")
 
 
 def lengthened(tokens: Tokens, ids_BT: Tensor) -> Tokens:

@@ -53,7 +53,7 @@ class Gate:
 
     def idle(self, tokens: Tokens) -> bool:
         """Whether every token of this forward enters without being asked; known on the host."""
-        return not any(tokens.count((TokenKind.PAD,))) and not self.selector.candidates(tokens)
+        return TokenKind.PAD not in tokens.kinds and not self.selector.candidates(tokens)
 
     def kept(self, tokens: Tokens) -> tuple[int, ...] | None:
         """Most tokens that each row keeps here, known on the host; None if only the data tell."""

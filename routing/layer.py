@@ -6,6 +6,7 @@ Shape suffixes: B batch, T tokens, K kept tokens, D width; 1 is a broadcast axis
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,13 @@ class RoutedLayer(nn.Module):
         held = routed_kv(kwargs.get("past_key_values"), self.gate.site.layer)
         tokens = self.gate.tape.tokens
         if held is not None and held.seen and tokens is not None:
-            return self._continue(hidden_states, tokens, held, kwargs)
+            # The model's mask is about keys that this layer may not hold.
+            if not self.gate.idle(tokens):
+                return self._continue(hidden_states, tokens, held, kwargs)
+            mask = held.admit(None, hidden_states.shape[1], holes=False)
+            mask = None if mask is None else like_model(mask, self.attention(), hidden_states.dtype)
+            whole: Tensor = super().__call__(hidden_states, None, None, None, attention_mask=mask, **kwargs)
+            return whole
         decision = self._decide(hidden_states)
         if held is not None:
             held.admit(decision, hidden_states.shape[1], holes=tokens is None or self.gate.ragged(tokens))
@@ -58,26 +65,18 @@ class RoutedLayer(nn.Module):
         return output
 
     def _continue(self, x_BTD: Tensor, tokens: Tokens, held: RoutedKV, kwargs: dict[str, object]) -> Tensor:
-        """Tokens that find earlier ones in the cache; the model's mask is about keys that this layer may not hold."""
-        if self.gate.idle(tokens):
-            mask_B1TS = held.admit(None, x_BTD.shape[1], holes=False)
-            return self._whole(x_BTD, attention_mask=self._as_needed(mask_B1TS, x_BTD), **kwargs)
-        if not self.gate.selector.causal:
+        """Tokens that are decided on, and find earlier ones in the cache."""
+        rule = self.gate.selector.rule(tokens.phase)
+        if not rule.causal:
             raise ValueError(
-                f"Layer {self.gate.site.layer}: {type(self.gate.selector).__name__} ranks tokens among those of one"
-                f" forward, and earlier ones lie in the cache already. Read such tokens in one prefill, use a causal"
-                f" rule for this phase (SelectBy), or pass use_cache=False."
+                f"Layer {self.gate.site.layer}: {type(rule).__name__} ranks tokens among those of one forward, and"
+                f" earlier ones lie in the cache already. Read such tokens in one prefill, use a causal rule for this"
+                f" phase (SelectBy), or pass use_cache=False."
             )
         decision = self._decide(x_BTD)
-        mask_B1KS = held.admit(decision, x_BTD.shape[1], holes=True)
-        return self._compute(x_BTD, decision, attention_mask=self._as_needed(mask_B1KS, x_BTD), **kwargs)
-
-    def _whole(self, hidden_states: Tensor, **kwargs: object) -> Tensor:
-        output: Tensor = super().__call__(hidden_states, None, None, None, **kwargs)
-        return output
-
-    def _as_needed(self, mask_B1KS: Tensor | None, x_BTD: Tensor) -> Tensor | None:
-        return None if mask_B1KS is None else like_model(mask_B1KS, self.attention(), x_BTD.dtype)
+        mask = held.admit(decision, x_BTD.shape[1], holes=True)
+        mask = None if mask is None else like_model(mask, self.attention(), x_BTD.dtype)
+        return self._compute(x_BTD, decision, attention_mask=mask, **kwargs)
 
     def forward(
         self,
@@ -117,25 +116,36 @@ class RoutedLayer(nn.Module):
         return passed_BTD.scatter(1, index_BK[..., None].expand_as(kept_BKD), kept_BKD)
 
 
+@dataclass
 class BranchWeight:
-    """Multiplies a module's output by the weight that the running forward has put here."""
+    """What the running forward of a layer multiplies its feed-forward branch by: (B, K, 1), or None."""
 
-    def __init__(self) -> None:
-        self.weight: Tensor | None = None
-
-    def __call__(self, module: nn.Module, args: object, output: Tensor) -> Tensor:
-        return output if self.weight is None else output * self.weight.to(output.dtype)
+    weight: Tensor | None = None
 
 
-_ROUTED: dict[type[nn.Module], type[nn.Module]] = {}  # one class each: every new class is a new compiled graph
+class WeightedBranch(nn.Module):
+    """Mixin over a feed-forward network's class: its output, times the weight of the running forward.
+
+    No forward hook: a module with one leaves PyTorch's fast path, also in the many steps that have no weight.
+    """
+
+    branch: BranchWeight
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        output: Tensor = super().forward(hidden_states)
+        return output if self.branch.weight is None else output * self.branch.weight.to(output.dtype)
 
 
-def routed(cls: type[nn.Module]) -> type[nn.Module]:
-    """``cls`` with ``RoutedLayer`` mixed in, under the same name: Hugging Face and FSDP policies match layers by it."""
-    if cls not in _ROUTED:
+# One class each: every new class is a new compiled graph.
+_MIXED: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+
+
+def mixed(mixin: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
+    """``cls`` with a mixin before it, under the same name: Hugging Face and FSDP policies match modules by it."""
+    if (mixin, cls) not in _MIXED:
         names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-        _ROUTED[cls] = type(cls.__name__, (RoutedLayer, cls), names)
-    return _ROUTED[cls]
+        _MIXED[mixin, cls] = type(cls.__name__, (mixin, cls), names)
+    return _MIXED[mixin, cls]
 
 
 def route_layer(
@@ -143,14 +153,13 @@ def route_layer(
 ) -> nn.Module:
     """Routes a live decoder layer in place, by swapping its class as FSDP2's ``fully_shard`` does.
 
-    No parameter is renamed, and hooks stay. ``mlp`` is the layer's feed-forward network, ``attention`` tells
-    the name of the attention implementation that is in force.
+    No parameter is renamed, and hooks stay. ``mlp`` is the layer's feed-forward network, whose class is swapped too
+    where the merge scales it; ``attention`` tells the name of the attention implementation that is in force.
     """
-    layer.__class__ = routed(type(layer))
+    layer.__class__ = mixed(RoutedLayer, type(layer))
     layer.gate, layer.merge, layer.branch = gate, merge, None  # type: ignore[assignment]
     layer.attention = attention  # type: ignore[assignment]
     if merge.scales_mlp:
-        branch = BranchWeight()
-        mlp.register_forward_hook(branch)
-        layer.branch = branch  # type: ignore[assignment]
+        mlp.__class__ = mixed(WeightedBranch, type(mlp))
+        mlp.branch = layer.branch = BranchWeight()  # type: ignore[assignment]
     return layer

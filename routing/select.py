@@ -107,7 +107,7 @@ class DepthSelector(Selector, ABC):
         return KeptTokens.of(keep_BT, torch.where(candidate_BT, weights_BT, 1.0), longest)
 
     def candidates(self, tokens: Tokens) -> bool:
-        return any(tokens.count(self.routes))
+        return not tokens.kinds.isdisjoint(self.routes)
 
     def candidate_BT(self, tokens: Tokens) -> Tensor:
         return tokens.mask(self.routes)

@@ -56,11 +56,11 @@ class Tokens:
     progress: float = 1.0
 
     def __post_init__(self) -> None:
-        shapes = {tuple(t.shape) for t in self._tensors()}
+        shapes = {t.shape for t in self._tensors()}
         if len(shapes) != 1 or len(self.counts_B) != len(self.kind_BT):
             raise ValueError(
                 f"Tokens: kind, image, tile, row and column must share one (batch, tokens) shape, with one count per"
-                f" batch row; got {sorted(shapes)} and {len(self.counts_B)} counts."
+                f" batch row; got {sorted(map(tuple, shapes))} and {len(self.counts_B)} counts."
             )
 
     @classmethod
@@ -124,6 +124,11 @@ class Tokens:
             self._masks[key] = found
         return self._masks[key]
 
+    @cached_property
+    def kinds(self) -> frozenset[TokenKind]:
+        """The kinds that any row has a token of; known on the host."""
+        return frozenset(kind for kind in TokenKind if any(row[kind] for row in self.counts_B))
+
     def count(self, kinds: Iterable[TokenKind]) -> tuple[int, ...]:
         """How many tokens of ``kinds`` each row has; known on the host."""
         kinds = tuple(kinds)
@@ -144,6 +149,8 @@ class Tokens:
 
     def during(self, phase: Phase, progress: float) -> Tokens:
         """The same tokens, at this point of training or inference."""
+        if (phase, progress) == (self.phase, self.progress):
+            return self
         return replace(self, phase=phase, progress=progress)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Tokens:

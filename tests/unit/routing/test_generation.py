@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import StaticCache
 
+from plugins.mixture_of_depths import MixtureOfDepths
 from plugins.progressive_depths import ProgressiveDepths
 from routing import (
     Constant,
@@ -22,6 +23,7 @@ from routing import (
     WholeBlock,
     attach,
 )
+from routing.cost import count
 from tests.tiny import IMAGE, PATCHES, facts, padded, row, tiny_llava
 
 ROWS = [row(1, 9), row(0, 6, seed=1), row(2, 4, seed=2), row(1, 3, seed=3, first_text=5)]
@@ -133,6 +135,35 @@ def test_p7_keys_are_stored_for_text_kept_vision_and_each_answer():
     kept = [16, 16, 12, 9, 6, 3, 2, 2]
     for layer, vision in zip(out.past_key_values.layers, kept, strict=True):
         assert layer.keys.shape[2] == 10 + vision + 4  # the last answer is never read
+
+
+@pytest.mark.parametrize("plugin", [P_MOD, MixtureOfDepths()], ids=["p_mod", "mod"])
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_the_bytes_that_generate_stores_are_those_that_are_counted(plugin, beams, rows):
+    model, _ = routed(plugin)
+    batch = prompts(ROWS[:rows])
+    how = {"num_beams": beams, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    cache = model.generate(**batch, **how, max_new_tokens=5, return_dict_in_generate=True).past_key_values
+    facts_of_prompt = facts({**batch, "labels": torch.full_like(batch["input_ids"], -100)})
+    tokens = facts_of_prompt.repeated(beams).extended(4)  # the last answer is never read
+    cost = count(model, tokens, bytes_per_value=4)
+    stored = wasted = 0
+    for held, layer, counted in zip(cache.layers, model.get_decoder().layers, cost.layers, strict=True):
+        valid_BS, entered_B = tokens.valid_BT, [sum(row[1:]) for row in tokens.counts_B]
+        slots = tokens.shape[1]  # a dense layer stores the padding of the prompt
+        if isinstance(held, RoutedKV):
+            entered_B = layer.gate.kept(tokens)
+            slots = max(entered_B)  # a routed one, for each row, as many slots as the fullest row needs
+            valid_BS = torch.ones(rows * beams, slots) if held.valid_BS is None else held.valid_BS
+        assert held.keys.shape[0] == rows * beams and held.keys.shape[2] == slots
+        assert valid_BS.sum(1).tolist() == list(entered_B)
+        bytes_of_slot = (held.keys.nbytes + held.values.nbytes) // (rows * beams * slots)
+        assert bytes_of_slot * int(valid_BS.sum()) == counted.kv_bytes
+        stored += held.keys.nbytes + held.values.nbytes
+        wasted += bytes_of_slot * sum(slots - n for n in entered_B)
+    assert stored - wasted == cost.kv_bytes
+    assert (wasted == 0) == (rows == 1)
 
 
 def test_sampling_sees_the_same_scores_batched_and_alone():

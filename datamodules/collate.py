@@ -33,6 +33,8 @@ class TrainingCollator:
     pad_id: int
 
     def __call__(self, fetched: Sequence[Fetched[Encoded]]) -> Batch:
+        if stopped := _stopped(fetched):
+            return stopped
         rows, skipped = _usable(fetched)
         batch = _padded(rows, self.pad_id, "right")
         batch["labels"] = pad_sequence([row.labels_T for row in rows], batch_first=True, padding_value=IGNORED)
@@ -50,6 +52,8 @@ class QuestionCollator:
     pad_id: int
 
     def __call__(self, fetched: Sequence[Fetched[Asked]]) -> Batch:
+        if stopped := _stopped(fetched):
+            return stopped
         asked, skipped = _usable(fetched)
         batch = _padded([row.prompt for row in asked], self.pad_id, "left")
         batch["tokens"] = batch["tokens"].during("prefill", 1.0)
@@ -63,11 +67,20 @@ class QuestionCollator:
         }
 
 
+def _stopped(fetched: Sequence[Fetched[T]]) -> Batch | None:
+    """What tells the loader, which may be in another process, to stop with a message."""
+    error = next((one.error for one in fetched if one.error is not None), None)
+    return None if error is None else {"input_ids": [], "skipped": [error]}
+
+
 def _usable(fetched: Sequence[Fetched[T]]) -> tuple[list[T], list[str]]:
-    skipped = [reason for one in fetched for reason in one.skipped]
+    skipped = [one.skipped for one in fetched if one.skipped is not None]
     rows = [one.row for one in fetched if one.row is not None]
     if not rows:
-        raise ValueError(f"A whole batch was skipped ({sorted(set(skipped))}): repair the data, or enlarge the batch.")
+        raise ValueError(
+            f"All {len(skipped)} records of a batch cannot be used ({', '.join(sorted(set(skipped)))}).\nAllowed: at"
+            " least one good record in each.\nRepair the data, or enlarge the batch."
+        )
     return rows, skipped
 
 

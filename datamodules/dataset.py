@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import gcd
 from typing import Generic, TypeVar
 
 from torch.utils.data import Dataset
 
 from datamodules.encode import Encoded, Encoder
-from datamodules.records import BadSampleError, Record, SkipPolicy, Turn
+from datamodules.records import BadSampleError, Record, SkipPolicy, Turn, describe
 
 T = TypeVar("T")
 BLOCK = 512  # questions that are put in order of the length of their answers, so that short ones need not wait
@@ -17,10 +19,17 @@ BLOCK = 512  # questions that are put in order of the length of their answers, s
 
 @dataclass(frozen=True)
 class Fetched(Generic[T]):
-    """A row, or None, and the reasons why records were skipped in fetching it."""
+    """A row, or None.
+
+    Args:
+        row: That of the record which was asked for, or of another instead.
+        skipped: Why the record which was asked for cannot be used, or None.
+        error: The same for the user to read, where a bad record is to stop the run.
+    """
 
     row: T | None
-    skipped: tuple[str, ...] = ()
+    skipped: str | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -39,23 +48,34 @@ class Asked:
 
 
 class Conversations(Dataset[Fetched[Encoded]]):
-    """Whole conversations to learn from; a record that cannot be used is replaced by the next one."""
+    """Whole conversations to learn from; one that cannot be used is replaced, so that batches keep their size."""
 
     def __init__(self, records: Sequence[Record], encoder: Encoder, policy: SkipPolicy) -> None:
         self.records, self.encoder, self.policy = records, encoder, policy
+        self.bad: dict[int, str] = {}  # not tried again as replacements
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Fetched[Encoded]:
-        skipped: tuple[str, ...] = ()
-        for place in range(index, index + len(self)):
-            record = self.records[place % len(self)]
-            fetched = _attempt(lambda: self.encoder.conversation(record), self.policy)  # noqa: B023
-            skipped += fetched.skipped
-            if fetched.row is not None:
-                return Fetched(fetched.row, skipped)
-        raise ValueError(f"None of the {len(self)} records can be used: {sorted(set(skipped))}.")
+        asked = self._fetch(index)
+        if asked.row is not None or asked.error is not None:
+            return asked
+        # Far from each other, so that a run of bad records is not replaced by one good one again and again.
+        stride = next(step for step in range(max(1, len(self) * 5 // 8), 2 * len(self)) if gcd(step, len(self)) == 1)
+        for other in ((index + stride * n) % len(self) for n in range(1, len(self))):
+            if other not in self.bad and (found := self._fetch(other)).row is not None:
+                return replace(found, skipped=asked.skipped)
+        reasons = describe(Counter(self.bad.values()))
+        raise ValueError(
+            f"None of the {len(self)} records can be used ({reasons}).\nAllowed: at least one.\nRepair the data."
+        )
+
+    def _fetch(self, index: int) -> Fetched[Encoded]:
+        fetched = _attempt(lambda: self.encoder.conversation(self.records[index]), self.policy)
+        if fetched.skipped is not None:
+            self.bad[index] = fetched.skipped
+        return fetched
 
 
 class Questions(Dataset[Fetched[Asked]]):
@@ -85,6 +105,5 @@ def _attempt(make: Callable[[], T], policy: SkipPolicy) -> Fetched[T]:
     try:
         return Fetched(make())
     except BadSampleError as error:
-        if policy.on_bad_sample == "raise":
-            raise
-        return Fetched(None, (error.reason,))
+        # Not raised here: what a worker process raises reaches the user as a trace.
+        return Fetched(None, error.reason, str(error) if policy.on_bad_sample == "raise" else None)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from datamodules.images import open_image
-from datamodules.records import BadSampleError, Record
+from datamodules.records import MARKER, Record, refusal
 from datamodules.templates import Message, Rendered, Template, render
 from routing.tokens import NOWHERE, TokenKind
 
@@ -60,7 +60,7 @@ class Encoder:
         """The whole conversation, to learn from: at least one token is supervised."""
         encoded = self._encode(record, self.template.conversation(record))
         if not bool((encoded.labels_T[1:] != IGNORED).any()):
-            raise BadSampleError(f"Record {record.id!r}: no token of it is supervised.", "nothing supervised")
+            raise refusal(record.where, "no token of it is supervised", "answers with words", "nothing supervised")
         return encoded
 
     def question(self, record: Record, turn: int) -> Encoded:
@@ -71,8 +71,11 @@ class Encoder:
         tokenizer = self.processor.tokenizer
         image_token = self.processor.image_token
         rendered = render(self.template, messages, {"eos_token": tokenizer.eos_token, "image_token": image_token})
-        wanted = rendered.text.count(image_token)
-        images = [open_image(self.image_folder, path, record.id) for path in record.images[:wanted]]
+        wanted = sum(part["type"] == "image" for message in messages for part in message["content"])
+        if wanted != rendered.text.count(image_token):
+            given = f"its text holds {image_token!r}, which stands for a picture to this model"
+            raise refusal(record.where, given, f"pictures given as {MARKER}", "image in text")
+        images = [open_image(self.image_folder, path, record.where) for path in record.images[:wanted]]
         written = tokenizer(rendered.text, return_offsets_mapping=True, verbose=False)
         text_ids, kinds = torch.tensor(written["input_ids"]), _kinds(rendered, written["offset_mapping"])
         ids, pixels = text_ids, None
@@ -85,11 +88,8 @@ class Encoder:
                     " carry: use a model that takes pictures of one size, as LLaVA-1.5 does."
                 )
         if len(ids) > self.max_length:
-            raise BadSampleError(
-                f"Record {record.id!r} has {len(ids)} tokens, max_length is {self.max_length}. Raise max_length,"
-                " shorten the record, or set on_bad_sample: skip.",
-                "too long",
-            )
+            given, allowed = f"it has {len(ids)} tokens", f"at most {self.max_length} tokens, which is max_length"
+            raise refusal(record.where, given, allowed, "too long", "Raise max_length, shorten the record")
         vision, vision_before = ids == self.processor.image_token_id, text_ids == self.processor.image_token_id
         if int((~vision).sum()) != int((~vision_before).sum()):
             raise ValueError(

@@ -125,8 +125,8 @@ class LlavaData(L.LightningDataModule):
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"processor={self.processor_path!r} cannot be loaded: {str(error).strip().splitlines()[0]}\nAllowed: a"
-                " folder that save_pretrained wrote, or a name on the Hugging Face hub.\nCheck the spelling, the network"
-                " (or HF_HUB_OFFLINE), and that you may read it."
+                " folder that save_pretrained wrote, or a name on the Hugging Face hub.\nCheck the spelling, the"
+                " network (or HF_HUB_OFFLINE), and that you may read it."
             ) from error
         tokenizer = processor.tokenizer
         if tokenizer.eos_token is None:

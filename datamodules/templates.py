@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from datamodules.records import MARKER, BadSampleError, ImageOrder, Record, Turn
+from datamodules.records import MARKER, ImageOrder, Record, Turn, refusal
 
 TemplateName = Literal["instruct", "plain"]
 Message = dict[str, Any]
@@ -85,20 +85,22 @@ class Template:
 
     def conversation(self, record: Record) -> list[Message]:
         """The whole conversation, to learn from."""
-        if self.name == "plain" and (len(record.turns), len(record.images)) != (1, 1):
-            raise BadSampleError(
-                f"Record {record.id!r}: the plain template takes one picture with one caption; got"
-                f" {len(record.images)} pictures and {len(record.turns)} answers. Use template: instruct.",
-                "not a captioned picture",
-            )
+        self._check(record)
         turns = [[self._user(record, turn), _message("assistant", turn.answer)] for turn in record.turns]
         return _system(record) + [message for turn in turns for message in turn]
 
     def question(self, record: Record, turn: int) -> list[Message]:
         """One question without the turns before it, but with their pictures."""
+        self._check(record)
         before = sum(t.question.count(MARKER) for t in record.turns[:turn])
         asked = record.turns[turn]
         return [*_system(record), self._user(record, Turn(MARKER * before + asked.question, asked.answer))]
+
+    def _check(self, record: Record) -> None:
+        if self.name == "plain" and (len(record.turns), len(record.images)) != (1, 1):
+            given = f"it has {len(record.images)} pictures and {len(record.turns)} answers"
+            allowed = "the plain template takes one picture with one caption"
+            raise refusal(record.where, given, allowed, "not a captioned picture", "Use template: instruct")
 
     def _user(self, record: Record, turn: Turn) -> Message:
         words = [part if self.name == "instruct" else "" for part in turn.question.split(MARKER)]
@@ -130,7 +132,7 @@ def _head(template: Template, system: str | None, special: tuple[tuple[str, str]
     rendered, _ = render_jinja_template(
         conversations=[messages], chat_template=template.jinja, return_assistant_tokens_mask=True, **dict(special)
     )
-    return rendered[0].index(mark)
+    return rendered[0].rindex(mark)  # the system text may hold one too
 
 
 def _system(record: Record) -> list[Message]:

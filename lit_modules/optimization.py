@@ -28,7 +28,10 @@ class Optimization:
 
     def __post_init__(self) -> None:
         if self.weight_decay < 0 or not 0 <= self.warmup <= 1 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"{self}: weight_decay must be >= 0, warmup in [0, 1], and both betas in [0, 1).")
+            raise ValueError(
+                f"{self} cannot be.\nAllowed: weight_decay >= 0, warmup in [0, 1], both betas in [0, 1).\nOutside that,"
+                " give e.g. 0.03 for warmup."
+            )
 
     def optimizer(self, model: nn.Module, rates: Mapping[str, float]) -> Optimizer:
         """One group per learning rate and decay; the groups' names are what learning-rate monitors show."""

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from datamodules import DigitsVQA, LlavaData
+from datamodules.images import open_image
 from datamodules.records import BadSampleError, majority_answers, parse
 
 from .conftest import talk
@@ -26,7 +28,7 @@ GOOD = talk("Is there a 4 ?", "yes", id="good")
         (talk("Is there a 4 ?", "yes", image="a.png"), "0 <image> in the questions for 1 images"),
         (talk("Is there a 4 ?", " "), "answer is empty"),
         (talk("Is there a 4 ?", "<image>"), "stands for a picture"),
-        (talk("Is there a 4 ?"), "turns must be human, gpt"),
+        (talk("Is there a 4 ?"), "human, gpt, human"),
         (talk("Is there a 4 ?", "yes", image_order="last"), "image_order 'last'"),
         ({"id": 7}, "a list 'conversations'"),
     ],
@@ -46,7 +48,7 @@ def test_bad_pictures(llava: Make, tmp_path: Path, image: str, problem: str) -> 
     Image.new("L", (4, 4)).save(tmp_path / "secret.png")
     (tmp_path / "images" / "text.png").write_text("not a picture")
     bad = talk("<image>\nIs there a 4 ?", "yes", image=image)
-    with pytest.raises(ValueError, match=f"Record '7'.*{problem}"):
+    with pytest.raises(ValueError, match=rf"records.json\[0\] \(id '7'\).*{problem}"):
         list(llava([bad]).train_dataloader())
     data = llava([bad, GOOD], on_bad_sample="skip")
     with pytest.warns(UserWarning, match=r"Records skipped: image .*: 1\."):
@@ -63,16 +65,26 @@ def test_pictures_are_opened_by_content(llava: Make, tmp_path: Path) -> None:
     assert next(iter(data.train_dataloader()))["pixel_values"].shape == (1, 3, 96, 96)
 
 
+@pytest.mark.parametrize("mode", ["uint16", "int32"])
+def test_sixteen_bits_keep_their_greys(tmp_path: Path, mode: str) -> None:
+    """Pillow's own conversion makes all but the darkest 255 of 65,536 greys white."""
+    Image.fromarray(np.linspace(0, 65535, 256).reshape(16, 16).astype(mode)).save(tmp_path / "deep.tif")
+    seen = np.asarray(open_image(tmp_path, "deep.tif", "x.json[0]"))
+    assert seen.shape == (16, 16, 3) and (np.abs(seen.reshape(256, 3) - np.arange(256)[:, None]) <= 1).all()
+
+
 def test_long_rows_and_whole_bad_batches(llava: Make) -> None:
     long = talk("Is there a 4 ?", "yes " * 50)
-    with pytest.raises(ValueError, match="max_length is 20"):
+    with pytest.raises(ValueError, match="at most 20 tokens, which is max_length"):
         list(llava([long], max_length=20).train_dataloader())
     with pytest.raises(ValueError, match="None of the 1 records"):
         list(llava([long], max_length=20, on_bad_sample="skip").train_dataloader())
 
 
 def test_too_many_bad_records_stop_even_skip(llava: Make) -> None:
-    with pytest.raises(ValueError, match=r"3 of 4 records were skipped \(empty answer: 3\).*max_bad_fraction"):
+    with pytest.raises(
+        ValueError, match=r"3 of 4 records of .*json were skipped \(empty answer: 3\).*max_bad_fraction"
+    ):
         llava([*[talk("a", "")] * 3, GOOD], on_bad_sample="skip")
 
 
@@ -83,8 +95,6 @@ def test_arguments_are_checked(llava: Make, digits: DigitsVQA) -> None:
         llava([GOOD], on_bad_sample="ignore")
     with pytest.raises(ValueError, match="There is no val data"):
         llava([GOOD], val=None).val_dataloader()
-    with pytest.raises(ValueError, match="is not a file"):
-        llava([GOOD], test="nowhere.json")
     with pytest.raises(ValueError, match="image_size=100 must be a multiple"):
         DigitsVQA(image_size=100)
     with pytest.raises(ValueError, match="plain template takes one picture"):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
+import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-OURS = ("routing", "plugins", "lit_modules", "datamodules")
+OURS = ("routing", "plugins", "lit_modules", "datamodules", "plugin_files")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -19,7 +22,7 @@ def main(args: list[str] | None = None) -> None:
     """
     args = sys.argv[1:] if args is None else args
     if args[:1] == ["plugins"]:
-        show_plugins(args[1:])
+        plugins(args[1:])
     else:
         train(args)
 
@@ -27,18 +30,48 @@ def main(args: list[str] | None = None) -> None:
 def train(args: list[str]) -> None:
     """fit, validate, test, predict."""
     import datamodules  # noqa: F401  (importing gives its classes short names)
+    from lit_modules import class_files
     from lit_modules.command_line import run
     from routing import discover
 
-    packages = {plugin.__module__.partition(".")[0] for plugin in discover().values()}
-    run(args, default_config=ROOT / "configs/default.yaml", ours={*OURS, *packages})
+    discover()
+    class_files.accept()
+    run(class_files.arguments(args), default_config=ROOT / "configs/default.yaml", ours=_ours())
 
 
-def show_plugins(args: list[str]) -> None:
-    """What can stand under ``model.init_args.plugins``: name, paper, file, parameters with their defaults."""
-    if args:
-        print("usage: python -m lit plugins\n\n" + str(show_plugins.__doc__))
-        raise SystemExit(0 if args[0] in ("-h", "--help") else 2)
+def _ours() -> Iterator[str]:
+    """Packages whose complaints are for the user; read when there is one, after configs have named more plugins."""
+    from routing import registered
+
+    yield from OURS
+    yield from (plugin.__module__.partition(".")[0] for plugin in registered().values())
+
+
+def plugins(args: list[str]) -> None:
+    """What can stand under ``model.init_args.plugins``, or a new one."""
+    parser = argparse.ArgumentParser(prog="python -m lit plugins", description=plugins.__doc__)
+    parser.add_argument("--new", metavar="NAME", help="write a plugin of that class name, a YAML and a test")
+    parser.add_argument("--in", dest="folder", type=Path, metavar="FOLDER", help="where; by default the repository")
+    given = parser.parse_args(args)
+    if given.folder and not given.new:
+        parser.error("--in FOLDER says where --new NAME is written; give both.")
+    try:
+        if given.new:
+            from templates import write
+
+            print(write(given.new, given.folder))
+        else:
+            show_plugins()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough; what is left must not be flushed into it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from error
+
+
+def show_plugins() -> None:
+    """Name, paper, file, parameters with their defaults."""
     from routing import discover
 
     for name, plugin in discover().items():

@@ -11,6 +11,8 @@ from difflib import get_close_matches
 from pydoc import locate
 from typing import get_args, get_type_hints
 
+from routing.plugin import broken
+
 LONGEST = 10  # lines
 SECTIONS = ("model", "data", "trainer", "seed_everything", "ckpt_path")
 
@@ -70,8 +72,18 @@ def explain(message: str, options: Iterable[str] = (), bases: Mapping[str, type]
         same = [answer for answer in found if answer.problem == problem]
         allowed = ", ".join(dict.fromkeys(answer.allowed for answer in same if answer.allowed))
         lines += [problem, f"Allowed: {allowed}." if allowed else "", same[0].remedy]
-    text = "\n".join(line for line in lines if line) or message
+    text = _once("\n".join(line for line in lines if line)) or message
     return "\n".join(line[:500] for line in text.splitlines()[:LONGEST])
+
+
+def _once(text: str) -> str:
+    """``text`` with a key that heads several lines in a row only at the first."""
+    head, lines = "", []
+    for line in text.splitlines():
+        lines.append(line.removeprefix(head) if head else line)
+        key = re.match(r"[a-z]\w*(\.\w+)*: ", line)
+        head = key[0] if key else ""
+    return "\n".join(lines)
 
 
 def leaves(message: str) -> Iterator[Leaf]:
@@ -96,6 +108,8 @@ def _answer(leaf: Leaf, options: Sequence[str], bases: Mapping[str, type]) -> An
     where = f"{'.'.join(leaf.keys)}: " if leaf.keys else ""
     if match := re.match(r"Expected a dot import path string: (.+)", leaf.text):
         base = _base(leaf, bases)
+        if match[1] in broken():
+            return Answer(f"{where}there is no {_name(base)} {match[1]!r}.", "", broken()[match[1]])
         return Answer(f"{where}there is no {_name(base)} {match[1]!r}.", *_offer(match[1], concrete(base)))
     if match := re.match(r"(?:Option|Key|Nested key) '([^']+)' is not (?:accepted|expected)", leaf.text):
         return _no_option(where, match[1], leaf.owner, options)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import pkgutil
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
 from transformers import PreTrainedModel
 
 from routing.decoder import Decoder, TokenObserver
 from routing.loss import AuxLoss
+from routing.plugin_files import file_of
 from routing.tape import RoutingTape
 
 ENTRY_POINTS = "lit.plugins"
@@ -37,6 +40,7 @@ class RoutingPlugin(ABC):
 
 
 _REGISTERED: dict[str, type[RoutingPlugin]] = {}
+_BROKEN: dict[str, str] = {}
 P = TypeVar("P", bound=type[RoutingPlugin])
 
 
@@ -45,11 +49,16 @@ def register(plugin: P) -> P:
     name, known = plugin.__name__, _REGISTERED.get(plugin.__name__)
     if known is not None and known.__module__ != plugin.__module__:
         raise ValueError(
-            f"Two routing plugins are called {name!r}: {known.__module__}.{name} and {plugin.__module__}.{name}. The"
+            f"Two routing plugins are called {name!r}: {_source(known)} and {_source(plugin)}. The"
             f" class name is the name in configs; rename one of them."
         )
     _REGISTERED[name] = plugin
     return plugin
+
+
+def _source(plugin: type) -> str:
+    file = file_of(plugin.__module__)
+    return f"{file}:{plugin.__name__}" if file else f"{plugin.__module__}.{plugin.__name__}"
 
 
 def registered() -> dict[str, type[RoutingPlugin]]:
@@ -57,22 +66,41 @@ def registered() -> dict[str, type[RoutingPlugin]]:
     return dict(sorted(_REGISTERED.items()))
 
 
+def broken() -> dict[str, str]:
+    """What is wrong with each entry point that could not be imported, by the plugin's name."""
+    return dict(_BROKEN)
+
+
 def discover() -> dict[str, type[RoutingPlugin]]:
-    """Imports every module of ``plugins/`` and every entry point of the group ``lit.plugins``."""
+    """Imports every module of ``plugins/`` and every entry point of the group ``lit.plugins``.
+
+    An entry point that fails is a warning: it is somebody else's package, and few runs use it.
+    """
     package = importlib.import_module("plugins")
     for module in sorted(module.name for module in pkgutil.iter_modules(package.__path__)):
         if not module.startswith("_"):
             importlib.import_module(f"plugins.{module}")
     for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name):
-        try:
-            point.load()
-        except Exception as error:
-            source = f" of {point.dist.name}" if point.dist is not None else ""
-            raise ImportError(
-                f"Plugin entry point {point.name!r} = {point.value!r}{source} could not be imported: {error}. Fix or"
-                f" uninstall that package."
-            ) from error
+        _load(point)
     return registered()
+
+
+def _load(point: EntryPoint) -> None:
+    before, name = dict(_REGISTERED), point.value.rpartition(":")[2] if ":" in point.value else point.name
+    try:
+        point.load()
+        return
+    except (Exception, SystemExit) as error:
+        said = f"{type(error).__name__}: {error}".rstrip(".")
+    source = f" of the package {point.dist.name!r}" if point.dist is not None else ""
+    _BROKEN[name] = (
+        f"Plugin entry point {point.name!r} = {point.value!r}{source} could not be imported: {said}.\nMend or uninstall"
+        " that package."
+    )
+    _REGISTERED.clear()
+    _REGISTERED.update(before)
+    gc.collect()  # a class whose module failed would still be offered
+    warnings.warn(_BROKEN[name], stacklevel=3)
 
 
 def attach(model: PreTrainedModel, plugins: Mapping[str, RoutingPlugin]) -> RoutingTape:

@@ -4,14 +4,17 @@ import multiprocessing
 import os
 import socket
 
+import torch
+
 import lit
 
-FORK = multiprocessing.get_context("fork")
+# A forked process cannot use CUDA once its parent has asked for it.
+CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
 
 
 def start(args: list[str], env: dict[str, str] | None = None):
     """``python -m lit`` with these arguments."""
-    child = FORK.Process(target=_main, args=(args, env or {}))
+    child = CONTEXT.Process(target=_main, args=(args, env or {}))
     child.start()
     return child
 

@@ -59,7 +59,12 @@ def config(digits, records, tmp_path_factory):
     """Everything but the strategy, with one row on each of two ranks or two rows on one."""
     folder = tmp_path_factory.mktemp("ranks")
     data = {"train": str(records), "val": str(digits / "val.json"), "test": str(digits / "test.json")}
-    data |= {"image_folder": str(digits / "images"), "processor": str(digits / "processor"), "max_length": 400, "eval_batch_size": 1}
+    data |= {
+        "image_folder": str(digits / "images"),
+        "processor": str(digits / "processor"),
+        "max_length": 400,
+        "eval_batch_size": 1,
+    }
     model = {"backbone": {"class_path": "TinyLlava", "init_args": {"folder": str(digits), "layers": 4, "width": 32}}}
     model["backbone"]["init_args"] |= {"heads": 2, "hidden": 64}
     model |= {"plugins": {"depth": PLUGIN}, "checkpoint_activations": True}

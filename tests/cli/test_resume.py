@@ -1,6 +1,5 @@
 """A run that is killed and resumed is the run that was not: every loss, to the last bit."""
 
-import multiprocessing
 import random
 import signal
 import time
@@ -10,11 +9,10 @@ import pytest
 import torch
 from lightning import Callback
 
-import lit
+from forked import start
 
 QUICKSTART = f"--config={Path(__file__).parent.parent.parent / 'configs/quickstart.yaml'}"
 STEPS, EVERY = 14, 3  # two epochs of eight batches
-FORK = multiprocessing.get_context("fork")  # a child that need not import anything again
 
 
 class Losses(Callback):
@@ -51,8 +49,7 @@ def fit(tiny, folder, file, *, kill_at=None, delay=0.0, checkpoint=None, workers
         f"--trainer.callbacks+={__name__}.Losses",
         f"--trainer.callbacks.file={file}",
     ]
-    child = FORK.Process(target=lit.main, args=([*args, f"--ckpt_path={checkpoint}"] if checkpoint else args,))
-    child.start()
+    child = start([*args, f"--ckpt_path={checkpoint}"] if checkpoint else args)
     while kill_at and child.is_alive() and (not file.exists() or len(file.read_text().splitlines()) < kill_at):
         time.sleep(0.002)
     if kill_at:

@@ -47,9 +47,7 @@ class KeptPatches:
             module.model(**model_inputs(batch, mask=True), use_cache=False)
         return [record for record in records if isinstance(record.decision, KeptTokens)]
 
-    def sheets(
-        self, records: Sequence[RoutingRecord], batch: Mapping[str, object]
-    ) -> Iterator[tuple[str, np.ndarray]]:
+    def sheets(self, records: Sequence[RoutingRecord], batch: Mapping[str, object]) -> Iterator[tuple[str, np.ndarray]]:
         """A name and a sheet for each of the first pictures of a batch."""
         tokens, pixels, ids = batch["tokens"], batch["pixel_values"], batch["ids"]
         assert isinstance(tokens, Tokens) and isinstance(pixels, Tensor) and isinstance(ids, Sequence)

@@ -146,7 +146,8 @@ class RoutedVLM(LightningModule):
         ):
             # Right padding needs no mask under causal attention, and a mask would cost the flash kernel.
             output = self.model(**model_inputs(batch), use_cache=False)
-        return Step(batch, output.logits + self._touch(), records, self._per_token(number(batch, "supervised_in_window")))
+        per_token = self._per_token(number(batch, "supervised_in_window"))
+        return Step(batch, output.logits + self._touch(), records, per_token)
 
     def _touch(self) -> Tensor | float:
         """0, from every parameter that pictures reach.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from lit_modules.backbones import Backbone
@@ -47,10 +48,14 @@ class TinyLlava(Backbone):
     def build(self) -> PreTrainedModel:
         from transformers import LlavaForConditionalGeneration
 
-        config = self._config()
+        config, device = self._config(), torch.get_default_device()
         config._attn_implementation = self.attention
-        model = LlavaForConditionalGeneration(config)
-        _initialise(model)
+        # Random numbers are drawn on the CPU: a seed gives the same model on every device, under every strategy.
+        with torch.device("meta" if device.type == "meta" else "cpu"):
+            model = LlavaForConditionalGeneration(config)
+            _initialise(model)
+        if device.type not in ("cpu", "meta"):
+            model.to(device)
         if self.folder is not None and not model.get_input_embeddings().weight.is_meta:
             self._load_vision(model)
         return model

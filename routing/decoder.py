@@ -110,8 +110,12 @@ class Decoder:
         mine, key = routers[site.by], sharing if sharing == "shared" else own
         assert isinstance(mine, nn.ModuleDict)
         if key not in mine:
-            with self.model.device:
+            # Random numbers are drawn on the CPU: a seed gives the same router on every device.
+            device = self.model.device
+            with torch.device("meta" if device.type == "meta" else "cpu"):
                 mine[key] = spec.build(self.dim, experts)
+            if device.type not in ("cpu", "meta"):
+                mine[key].to(device)
             self._built[site.by, key] = (spec, experts)
         elif self._built[site.by, key] != (spec, experts):
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -12,7 +12,7 @@ from transformers import Cache, PreTrainedModel
 
 from routing.capacity import CapacitySchedule
 from routing.gate import Gate
-from routing.layer import route_layer
+from routing.layer import RoutedLayer, continues_densely, route_layer
 from routing.merge import Merge
 from routing.placement import Placement
 from routing.router import Router, RouterSpec
@@ -182,17 +182,20 @@ class TokenObserver:
     Facts come from ``tape.announced`` where somebody announced them, else from the input ids.
     """
 
-    def __init__(self, tape: RoutingTape) -> None:
+    def __init__(self, tape: RoutingTape, layers: Iterable[nn.Module]) -> None:
         self.tape = tape
+        self.routed = [layer for layer in layers if isinstance(layer, RoutedLayer)]
 
     def before(self, model: PreTrainedModel, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> None:
         ids_BT = kwargs.get("input_ids", args[0] if args else None)
         mask_BT, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         if not isinstance(ids_BT, Tensor):
             raise ValueError("A routed model finds its vision tokens in input_ids; pass those, not inputs_embeds.")
-        filled = isinstance(cache, Cache) and cache.get_seq_length() > 0
+        filled, dense = isinstance(cache, Cache) and cache.get_seq_length() > 0, False
         if filled and ids_BT.shape[1] == 1:
             tokens = generated(ids_BT)
+            assert isinstance(cache, Cache)
+            dense = continues_densely(self.routed, tokens, cache)
         elif self.tape.announced is not None and not filled:
             tokens = lengthened(self.tape.announced, ids_BT)
         else:
@@ -200,7 +203,7 @@ class TokenObserver:
             mask = mask_BT[:, -ids_BT.shape[1] :] if two_dimensional else None  # type: ignore[index]
             tokens = observed(ids_BT, mask, model.config.image_token_id)
         phase: Phase = "train" if model.training else "decode" if filled else "prefill"
-        self.tape.begin(tokens.during(phase, self.tape.progress if model.training else 1.0))
+        self.tape.begin(tokens.during(phase, self.tape.progress if model.training else 1.0), dense=dense)
 
     def after(self, model: PreTrainedModel, args: object, output: object) -> None:
         self.tape.end()

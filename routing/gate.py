@@ -15,7 +15,7 @@ from routing.tokens import TokenKind, Tokens
 from routing.weighting import Weighting
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Gate:
     """A router, a weighting, a selector and a capacity at one site; the only writer of the tape.
 

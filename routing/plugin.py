@@ -134,7 +134,7 @@ def attach(model: PreTrainedModel, plugins: Mapping[str, RoutingPlugin]) -> Rout
         raise
     decoder.commit()
     if enabled:
-        observer = TokenObserver(tape)
+        observer = TokenObserver(tape, decoder.layers)
         model.register_forward_pre_hook(observer.before, with_kwargs=True)
         model.register_forward_hook(observer.after, always_call=True)
     return tape

@@ -15,7 +15,7 @@ from routing.tokens import Tokens
 Part = Literal["layer", "attention", "mlp"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Site:
     """A place in the decoder where a decision is taken.
 
@@ -65,6 +65,7 @@ class RoutingTape:
         progress: How much of the training is over, in [0, 1]; whoever trains sets it before a forward.
         announced: Facts that the caller knows about the next forwards, or None.
         tokens: Facts of the forward that runs now, or None between forwards.
+        dense: Whether no routed layer has anything to decide or to mask in the forward that runs now.
         earlier: Records of the forward that runs now, first layer first.
     """
 
@@ -72,6 +73,7 @@ class RoutingTape:
         self.progress = 1.0
         self.announced: Tokens | None = None
         self.tokens: Tokens | None = None
+        self.dense = False
         self.earlier: list[RoutingRecord] = []
         self._recordings: list[list[RoutingRecord]] = []
 
@@ -94,13 +96,13 @@ class RoutingTape:
         finally:
             self._recordings = [r for r in self._recordings if r is not records]
 
-    def begin(self, tokens: Tokens) -> None:
+    def begin(self, tokens: Tokens, *, dense: bool = False) -> None:
         """A forward starts."""
-        self.tokens, self.earlier = tokens, []
+        self.tokens, self.dense, self.earlier = tokens, dense, []
 
     def end(self) -> None:
         """A forward is over: nothing of it, and no autograd graph, is kept here."""
-        self.tokens, self.earlier = None, []
+        self.tokens, self.dense, self.earlier = None, False, []
 
     def write(self, record: RoutingRecord) -> None:
         """Called by gates only, once per site and forward."""

@@ -38,7 +38,7 @@ class TrainingCollator:
         rows, skipped = _usable(fetched)
         batch = _padded(rows, self.pad_id, "right")
         batch["labels"] = pad_sequence([row.labels_T for row in rows], batch_first=True, padding_value=IGNORED)
-        return batch | _supervised(batch["labels"]) | {"skipped": skipped}
+        return batch | _supervised(batch["labels"]) | {"skipped": skipped, "asked": len(fetched)}
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,14 @@ class QuestionCollator:
             "truths": [row.turn.answer for row in asked],
             "evidence": [list(row.turn.evidence) for row in asked],
             "skipped": skipped,
+            "asked": len(fetched),
         }
 
 
 def _stopped(fetched: Sequence[Fetched[T]]) -> Batch | None:
     """What tells the loader, which may be in another process, to stop with a message."""
     error = next((one.error for one in fetched if one.error is not None), None)
-    return None if error is None else {"input_ids": [], "skipped": [error]}
+    return None if error is None else {"skipped": [error], "asked": len(fetched)}
 
 
 def _usable(fetched: Sequence[Fetched[T]]) -> tuple[list[T], list[str]]:

@@ -33,7 +33,7 @@ class ReportingLoader(DataLoader[Any]):
         try:
             for batch in super().__iter__():
                 found = batch.pop("skipped")
-                seen += len(batch["input_ids"]) + len(found)
+                seen += batch.pop("asked")
                 skipped.update(found)
                 self.policy.check(skipped, max(seen, 100))
                 yield batch

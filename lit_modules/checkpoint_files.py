@@ -53,12 +53,11 @@ class WholeCheckpoints(TorchCheckpointIO):
         try:
             if Path(str(path)).is_dir():
                 return unsharded(Path(path))
-            loaded: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
-            return loaded
+            loaded = super().load_checkpoint(path, *args, **kwargs)
         except (pickle.UnpicklingError, EOFError) as error:
             raise ValueError(
-                f"{path} is no checkpoint of plain tensors and values: {first_line(error)}\nAllowed: checkpoints that"
-                " `lit fit` wrote; objects are not loaded, because they can run code.\nGive another `ckpt_path`."
+                f"{path} is no checkpoint of plain tensors and values.\nAllowed: checkpoints that `lit fit` wrote;"
+                " objects are not loaded, because they can run code.\nGive another `ckpt_path`."
             ) from error
         except RuntimeError as error:
             if "PytorchStreamReader" not in str(error):
@@ -67,6 +66,13 @@ class WholeCheckpoints(TorchCheckpointIO):
                 f"{path} is cut short or damaged: {first_line(error)}\nAllowed: a whole checkpoint.\nGive an earlier"
                 f" one of {Path(path).parent} as `ckpt_path`."
             ) from error
+        if not isinstance(loaded, dict) or not {"state_dict", "pytorch-lightning_version"} <= loaded.keys():
+            raise ValueError(
+                f"{path} holds {type(loaded).__name__} without 'state_dict' and 'pytorch-lightning_version'.\nAllowed:"
+                " checkpoints that `lit fit` wrote. Bare weights belong into a backbone's folder.\nGive another"
+                " `ckpt_path`."
+            )
+        return loaded
 
 
 def unsharded(folder: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from lit_modules import checkpoint_files
 from lit_modules.checkpoint_files import WholeCheckpoints
 from lit_modules.complaints import explain
 from lit_modules.monitor import RoutingMonitor
+from lit_modules.run_folder import RunFolder
 
 PLUGINS = "model.init_args.plugins"
 BASES = {
@@ -61,6 +62,7 @@ def run(args: list[str], *, default_config: Path, ours: Iterable[str]) -> None:
             auto_configure_optimizers=False,
             # RoutedVLM writes its own specs, the same from YAML and from Python.
             load_from_checkpoint_support=False,
+            save_config_callback=RunFolder,
         )
     except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get("LIT_TRACEBACK") or not _is_users(error, set(ours)):

@@ -53,8 +53,7 @@ def a_tensor(folder: Path) -> bytes:
     return (folder / "whole").read_bytes()
 
 
-OPEN = pytest.mark.xfail(strict=True, reason="load_checkpoint does not yet look for 'state_dict'")
-MADE = [pickled, saved, cut, text, nothing, *(pytest.param(make, marks=OPEN) for make in (weights_alone, a_tensor))]
+MADE = [pickled, saved, cut, text, nothing, weights_alone, a_tensor]
 
 
 @pytest.mark.parametrize("make", MADE)

@@ -51,6 +51,18 @@ def test_a_checkpoint_of_equal_shapes_and_other_heads_is_refused(tiny, tmp_path,
     assert stopped.value.code == 2 and "heads 2 (now 4)" in said and len(said.splitlines()) <= 10
 
 
+def test_two_runs_never_share_a_folder(tiny, tmp_path, capsys):
+    args = ["validate", QUICKSTART, *tiny[:4], *tiny[5:], "--trainer.logger.init_args.version=0"]
+    lit.main(args)
+    written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as stopped:
+        lit.main(args)
+    said = capsys.readouterr().err
+    said = said[said.rindex("error: ") :]
+    assert stopped.value.code == 2 and "version_0 holds another run" in said and len(said.splitlines()) <= 10
+    assert all(path.read_bytes() == was for path, was in written.items())
+
+
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
 def test_a_precision_that_halves_the_routers_is_refused(precision, tiny, capsys):
     with pytest.raises(SystemExit) as stopped:

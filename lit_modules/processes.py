@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+from functools import cache
 from typing import TYPE_CHECKING, TypeVar
 
 import torch.distributed as dist
@@ -21,6 +23,16 @@ def gathered(mine: T) -> list[T]:
     everyone: list[T | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return everyone  # type: ignore[return-value]
+
+
+@cache
+def leave_at_exit() -> None:
+    """Ends gloo's threads before the interpreter does, which may abort on them; Lightning does so for NCCL only."""
+
+    @atexit.register
+    def leave() -> None:
+        if dist.is_initialized() and dist.get_backend() == "gloo":
+            dist.destroy_process_group()
 
 
 def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:

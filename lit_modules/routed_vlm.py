@@ -20,7 +20,7 @@ from lit_modules.evaluation import Evaluation, Generation, Score, tags
 from lit_modules.logits import logits_only_at
 from lit_modules.objectives import LanguageModelling, Objective, Step
 from lit_modules.optimization import Optimization
-from lit_modules.processes import gathered, shard
+from lit_modules.processes import gathered, leave_at_exit, shard
 from lit_modules.specs import to_spec
 from routing import RoutingPlugin, RoutingTape, attach
 
@@ -95,6 +95,7 @@ class RoutedVLM(LightningModule):
         architecture.check_folder(getattr(self._trainer, "ckpt_path", None), architecture.shapes(self.state_dict()))
 
     def setup(self, stage: str) -> None:
+        leave_at_exit()
         parts.refuse_true_half(str(self.trainer.precision))
         data = self._data
         kinds = getattr(data, "kinds", tuple(data.majority))

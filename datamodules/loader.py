@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -16,7 +17,7 @@ from datamodules.sampler import ResumableSampler
 
 
 class ReportingLoader(DataLoader[Any]):
-    """Counts the records that its workers skipped, and says so once.
+    """Counts the records that its workers skipped, and says so once; every rank says its own.
 
     Args:
         policy: How many may be skipped.
@@ -40,7 +41,9 @@ class ReportingLoader(DataLoader[Any]):
         finally:  # whoever iterates may stop early
             if skipped and not self.reported:
                 self.reported = True
-                rank_zero_warn(f"Records skipped: {describe(skipped)}.")
+                ranks = getattr(self.sampler, "num_replicas", 1)
+                whose = f"Rank {self.sampler.rank} of {ranks}: records" if ranks > 1 else "Records"
+                warnings.warn(f"{whose} skipped: {describe(skipped)}.", stacklevel=2)
 
 
 class WindowLoader(ReportingLoader):

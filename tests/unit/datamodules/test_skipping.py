@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -51,6 +52,18 @@ def test_once_each_and_once_in_all(bad: Make, workers: int) -> None:
     reports, sizes = told(data, data.val_dataloader())
     assert len(reports) == 1 and "image unreadable: 6" in reports[0] and "image missing: 6" in reports[0]
     assert sum(sizes) == 40 - len(RUN)
+
+
+def test_each_rank_says_what_it_skipped(bad: Make) -> None:
+    data, said = bad(max_bad_fraction=1.0), []
+    for rank in range(2):
+        loader = data.train_dataloader()
+        loader.sampler.num_replicas, loader.sampler.rank, loader.sampler.num_samples = 2, rank, 20
+        loader.sampler.total_size = 40
+        reports, _ = told(data, loader)
+        said += reports
+    assert [message.split(":")[0] for message in said] == ["Rank 0 of 2", "Rank 1 of 2"]
+    assert sum(int(number) for message in said for number in re.findall(r": (\d+)", message)) == len(RUN)
 
 
 def test_ranks_share_the_counts(bad: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -81,14 +82,19 @@ def unsharded(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: the folder is not whole: its writers were stopped, or it is none of theirs.
     """
-    if missing := [name for name in (".metadata", "meta.pt") if not (folder / name).is_file()]:
-        raise ValueError(
-            f"{folder} is no whole checkpoint: {' and '.join(missing)}, written last, are not there.\nAllowed: a folder"
-            " that a sharded `lit fit` finished, or a checkpoint file.\nGive an earlier one as `ckpt_path`."
-        )
+    check_whole(folder)
     checkpoint = _load_distributed_checkpoint(folder)
     names = sorted(name for name in checkpoint if name.startswith("optimizer_") and name != "optimizer_states")
     return {**checkpoint, "optimizer_states": [by_place(checkpoint.pop(name)) for name in names]}
+
+
+def check_whole(folder: Path) -> None:
+    """Refuses a sharded checkpoint whose writers were stopped, and any other folder."""
+    if missing := [name for name in (".metadata", "meta.pt") if not (folder / name).is_file()]:
+        raise ValueError(
+            f"{folder} is no whole checkpoint: {' and '.join(missing)}, written last, not there.\nAllowed: a folder"
+            " that a sharded `lit fit` finished, or a checkpoint file.\nGive an earlier one as `ckpt_path`."
+        )
 
 
 def by_place(optimizer: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,12 +123,14 @@ def found(path: str) -> str:
         ValueError: there is nothing to load.
     """
     wanted = Path(path)
+    if wanted.is_dir():
+        check_whole(wanted)
     if wanted.exists() or "://" in path or not wanted.suffix:
         return path
     beside = [each for each in wanted.parent.glob("*.ckpt") if each.exists() and each.name != wanted.name]
     if wanted.stem.startswith("last") and beside:
         newest = max(beside, key=lambda each: each.stat().st_mtime)
-        print(f"{wanted} is not there; its run was stopped while it was renewed. Going on from {newest}.")
+        rank_zero_warn(f"{wanted} is not there; its run was stopped while it was renewed. Going on from {newest}.")
         return str(newest)
     raise ValueError(
         f"ckpt_path={path} does not exist.\nAllowed: a file that `lit fit` wrote under its run's `checkpoints`"

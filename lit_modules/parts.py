@@ -25,6 +25,11 @@ def part_of_each(model: PreTrainedModel) -> dict[str, str]:
     return {name: part.get(id(p), "projector") for name, p in model.named_parameters()}
 
 
+def reached_by_pictures(model: PreTrainedModel, names: Mapping[str, float]) -> list[str]:
+    """Those of the trained parameters that only pictures reach."""
+    return [name for name, part in part_of_each(model).items() if part in ("vision", "projector") and name in names]
+
+
 def choose(model: PreTrainedModel, rates: Mapping[str, float]) -> dict[str, float]:
     """The learning rate of every parameter that trains, by name; the last entry of ``rates`` that matches decides."""
     for key, rate in rates.items():

@@ -64,6 +64,7 @@ class RoutedVLM(LightningModule):
         self.model: PreTrainedModel | None = None
         self.tape = RoutingTape()
         self.rates: dict[str, float] = {}
+        self.pictured: list[str] = []
         self.evaluation: Evaluation | None = None
         self.scores: list[Score] = []
         self.total_steps = 0.0
@@ -82,6 +83,7 @@ class RoutedVLM(LightningModule):
         model = self.backbone.build()
         self.tape = attach(model, self.plugins)
         self.rates = parts.choose(model, self.parts)
+        self.pictured = parts.reached_by_pictures(model, self.rates)
         parts.freeze_all_but(model, self.rates)
         if self.checkpoint_activations:
             recompute_layers(model)
@@ -123,6 +125,7 @@ class RoutedVLM(LightningModule):
     def on_train_start(self) -> None:
         if len(self.rng_by_rank) == self.trainer.world_size:
             rng.restore(self.rng_by_rank[self.global_rank])
+        self.rng_by_rank = []
 
     def training_step(self, batch: Mapping[str, object], batch_idx: int) -> Tensor:
         self.tape.progress = min(1.0, self.global_step / self.total_steps)
@@ -134,7 +137,8 @@ class RoutedVLM(LightningModule):
         self.log_dict({f"loss/{name}": loss.detach() for name, loss in auxiliary.items()})
         # Lightning divides by the configured number of batches even where an epoch's last window is shorter.
         share = self.trainer.accumulate_grad_batches / number(batch, "batches_in_window")
-        return torch.stack([*losses.values(), *(share * loss for loss in auxiliary.values())]).sum()
+        parts_of_it = [*losses.values(), *(share * loss for loss in auxiliary.values()), *self._touched()]
+        return torch.stack(parts_of_it).sum()
 
     def forward_step(self, batch: Mapping[str, object]) -> Step:
         """One training forward, with logits at the supervised positions only."""
@@ -148,18 +152,16 @@ class RoutedVLM(LightningModule):
             # Right padding needs no mask under causal attention, and a mask would cost the flash kernel.
             output = self.model(**model_inputs(batch), use_cache=False)
         per_token = self._per_token(number(batch, "supervised_in_window"))
-        return Step(batch, output.logits + self._touch(), records, per_token)
+        return Step(batch, output.logits, records, per_token)
 
-    def _touch(self) -> Tensor | float:
-        """0, from every parameter that pictures reach.
+    def _touched(self) -> list[Tensor]:
+        """Zeros, one from every trained parameter that pictures reach.
 
         All ranks wait for the gradients of all that train, and a batch without pictures has none for these; no batch
         has any for the vision layers behind the one whose features are taken.
         """
         assert self.model is not None
-        part = parts.part_of_each(self.model)
-        seen = [p for n, p in self.model.named_parameters() if part[n] in ("vision", "projector") and p.requires_grad]
-        return sum(0 * p.float().sum() for p in seen)
+        return [0 * self.model.get_parameter(name).sum() for name in self.pictured]
 
     def _per_token(self, supervised: int) -> float | Tensor:
         trainer = self.trainer
@@ -253,4 +255,5 @@ class RoutedVLM(LightningModule):
         self.configure_model()
         architecture.check(checkpoint, architecture.shapes(self.state_dict()))
         architecture.check_backbone(checkpoint, cast("Mapping[str, object]", to_spec(self.backbone)))
-        self.rng_by_rank = cast("list[Mapping[str, object]]", checkpoint.get("rng", []))
+        if self._trainer is not None and self._trainer.state.fn == "fit":  # not where only weights are taken
+            self.rng_by_rank = cast("list[Mapping[str, object]]", checkpoint.get("rng", []))

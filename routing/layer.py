@@ -124,8 +124,8 @@ class RoutedLayer(nn.Module):
 def continues_densely(layers: Sequence[RoutedLayer], tokens: Tokens, cache: Cache) -> bool:
     """Whether a single token after a cache enters every layer unasked and attends to all that it finds there.
 
-    So it is in most steps of decoding. It is found out once a step, because asking in every layer took about 3 % of a
-    step that waits for Python.
+    So it is in most steps of decoding. It is found out once a step, because asking in every layer took about 1.4 % of
+    a step that waits for Python (32 narrow layers on a CPU).
     """
     for layer in layers:
         held = cache.layers[layer.gate.site.layer]

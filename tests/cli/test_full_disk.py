@@ -2,13 +2,14 @@
 
 import ctypes
 import errno
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 import lit
-from lit_modules.checkpoint_files import WholeCheckpoints, unsharded
+from lit_modules.checkpoint_files import WholeCheckpoints, found, unsharded
 
 QUICKSTART = f"--config={Path(__file__).parent.parent.parent / 'configs/quickstart.yaml'}"
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -69,5 +70,17 @@ def test_what_was_there_is_replaced_by_a_whole_checkpoint_or_not_at_all(tmp_path
 
 def test_a_sharded_checkpoint_without_its_end_is_refused(tmp_path):
     (tmp_path / "__0_0.distcp").write_bytes(b"half")
-    with pytest.raises(ValueError, match=r"no whole checkpoint: \.metadata and meta\.pt"):
-        unsharded(tmp_path)
+    for read in (unsharded, lambda folder: found(str(folder))):
+        with pytest.raises(ValueError, match=r"no whole checkpoint: \.metadata and meta\.pt"):
+            read(tmp_path)
+
+
+def test_a_last_checkpoint_that_points_to_nothing_is_the_newest_one(tmp_path):
+    for age, name in enumerate(("epoch=1-step=2.ckpt", "epoch=0-step=1.ckpt")):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (100 - age, 100 - age))
+    (tmp_path / "last.ckpt").symlink_to("epoch=2-step=3.ckpt")  # removed before the link was renewed
+    with pytest.warns(UserWarning, match=r"Going on from .*epoch=1-step=2\.ckpt"):
+        assert found(str(tmp_path / "last.ckpt")) == str(tmp_path / "epoch=1-step=2.ckpt")
+    with pytest.raises(ValueError, match=r"(?s)does not exist.*such as .*epoch=0-step=1\.ckpt"):
+        found(str(tmp_path / "other.ckpt"))

@@ -13,6 +13,7 @@ from torch.utils.data import DistributedSampler
 
 from datamodules import DigitsVQA
 from datamodules.loader import WindowLoader
+from datamodules.sampler import ResumableSampler
 
 from .conftest import make_digits
 
@@ -41,6 +42,36 @@ def test_uneven_windows(digits: DigitsVQA, workers: int) -> None:
 @pytest.mark.parametrize(("limit", "expected"), [(2, [2, 2]), (0.75, [3, 3, 3]), (0.5, [2, 2]), (1, [1])])
 def test_limits_end_the_last_window(digits: DigitsVQA, limit: float, expected: list[int]) -> None:
     assert [batches for *_, batches in _windows(_loader(digits, window=3, limit=limit))] == expected
+
+
+@pytest.mark.parametrize("taken", [1, 2, 3])  # in the first window, at its end, in the second
+def test_an_interrupted_epoch_goes_on_with_what_is_left(digits: DigitsVQA, taken: int) -> None:
+    def made() -> WindowLoader:
+        rows = digits.train_dataloader().dataset
+        return _loader(digits, window=2, sampler=ResumableSampler(rows, num_replicas=1, rank=0))
+
+    whole = [(b["input_ids"].tolist(), b["supervised_in_window"]) for b in made()]
+    first = made()
+    for _, _ in zip(range(taken), first, strict=False):
+        pass
+    again = made()
+    state = {**first.progress(), "batches": taken}
+    if taken % 2:
+        with pytest.warns(UserWarning, match="does not hold their gradients"):
+            again.resume(state)
+    else:
+        again.resume(state)
+    rest = [(b["input_ids"].tolist(), b["supervised_in_window"]) for b in again]
+    assert [ids for ids, _ in rest] == [ids for ids, _ in whole[taken:]]
+    assert rest[taken % 2 :] == whole[taken + taken % 2 :]  # later steps are whole again
+    assert [b["input_ids"].tolist() for b in again] == [ids for ids, _ in whole]  # the next epoch is whole
+
+
+def test_another_order_of_the_data_is_said_and_starts_again(digits: DigitsVQA) -> None:
+    loader = _loader(digits, window=2)
+    with pytest.warns(UserWarning, match="under another order"):
+        loader.resume({"batches": 1, "rows": 99, "window": 2})
+    assert len(list(loader)) == 4
 
 
 def test_lightning_can_put_in_a_distributed_sampler(digits: DigitsVQA) -> None:

@@ -14,6 +14,7 @@ from routing import (
     Decoder,
     ExpertChoice,
     LinearRouter,
+    Merge,
     Placement,
     RouterSpec,
     RoutingPlugin,
@@ -69,7 +70,8 @@ class ProgressiveDepths(RoutingPlugin):
         capacity: Share of the vision tokens that each layer keeps, by depth; routed are the layers below 1.
         router: How vision tokens are scored; zero scores at the start make every weight exactly 1.
         sharing: One router for each layer, or one for all of them.
-        weighting: From scores to multipliers.
+        weighting: From scores to multipliers; ``Unbounded`` is the paper's ablation without TanhNorm.
+        merge: What they multiply; ``FeedForwardBranch`` is the paper's one-sided ablation of STRing.
         rank_on: Rank by the router's float32 scores, or by the weights in the model's dtype as published.
     """
 
@@ -78,6 +80,7 @@ class ProgressiveDepths(RoutingPlugin):
     router: RouterSpec = LinearRouter(std=0.0)
     sharing: Sharing = "separate"
     weighting: Weighting = TanhNorm()
+    merge: Merge = ScaledPassing()
     rank_on: Literal["router", "weight"] = "router"
 
     def apply(self, decoder: Decoder) -> None:
@@ -86,4 +89,4 @@ class ProgressiveDepths(RoutingPlugin):
         for site in decoder.sites(self.placement):
             if self.capacity(site.depth) < 1:
                 gate = decoder.gate(site, self.router, self.weighting, selector, self.capacity, self.sharing)
-                decoder.route_layer(site, gate, ScaledPassing())
+                decoder.route_layer(site, gate, self.merge)

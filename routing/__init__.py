@@ -1,23 +1,38 @@
 """The algebra of routing: which tokens does this piece of computation get, and how much of its answer do they keep?"""
 
+from routing.attended import AttendedLayer
+from routing.attention import ReceivedAttention
 from routing.cache import RoutedKV
-from routing.capacity import CapacitySchedule, Constant, Linear, PerLayer, ShiftedCosine, WarmUp
+from routing.capacity import CapacitySchedule, Constant, Linear, Nothing, PerLayer, ShiftedCosine, WarmUp
+from routing.chance import uniform_BT
 from routing.decision import Decision, ExpertChoices, KeptTokens, TokenChoices
 from routing.decoder import Decoder, Sharing
-from routing.gate import Gate
+from routing.gate import FollowingGate, Gate
+from routing.intervene import Intervention
 from routing.layer import RoutedLayer, route_layer
 from routing.loss import AuxLoss, LoadBalance, RouterCrossEntropy, ZLoss
 from routing.merge import FeedForwardBranch, Merge, ScaledPassing, WholeBlock
 from routing.placement import All, Between, Every, Layers, Placement
 from routing.plugin import RoutingPlugin, attach, discover, register, registered
-from routing.router import LinearRouter, MLPRouter, ModalityRouter, Router, RouterInputs, RouterSpec
-from routing.select import DepthSelector, ExpertChoice, SelectBy, Selector, Threshold, TokenChoice, count_of
+from routing.router import LinearRouter, MLPRouter, ModalityRouter, Router, RouterInputs, RouterSpec, Unscored
+from routing.select import (
+    AllOrNothing,
+    DepthSelector,
+    ExpertChoice,
+    SelectBy,
+    Selector,
+    Threshold,
+    TokenChoice,
+    count_of,
+)
 from routing.tape import RoutingRecord, RoutingTape, Site
 from routing.tokens import TokenKind, Tokens
-from routing.weighting import Sigmoid, Softmax, TanhNorm, Weighting
+from routing.weighting import Sigmoid, Softmax, TanhNorm, Unbounded, Unweighted, Weighting
 
 __all__ = [
     "All",
+    "AllOrNothing",
+    "AttendedLayer",
     "AuxLoss",
     "Between",
     "CapacitySchedule",
@@ -29,7 +44,9 @@ __all__ = [
     "ExpertChoice",
     "ExpertChoices",
     "FeedForwardBranch",
+    "FollowingGate",
     "Gate",
+    "Intervention",
     "KeptTokens",
     "Layers",
     "Linear",
@@ -38,8 +55,10 @@ __all__ = [
     "MLPRouter",
     "Merge",
     "ModalityRouter",
+    "Nothing",
     "PerLayer",
     "Placement",
+    "ReceivedAttention",
     "RoutedKV",
     "RoutedLayer",
     "Router",
@@ -63,6 +82,9 @@ __all__ = [
     "TokenChoices",
     "TokenKind",
     "Tokens",
+    "Unscored",
+    "Unbounded",
+    "Unweighted",
     "WarmUp",
     "Weighting",
     "WholeBlock",
@@ -73,4 +95,5 @@ __all__ = [
     "register",
     "registered",
     "route_layer",
+    "uniform_BT",
 ]

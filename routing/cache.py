@@ -83,15 +83,18 @@ class RoutedKV(DynamicLayer):  # type: ignore[no-untyped-call]
         )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        if self.keys is not None:  # tokens were seen, and none of them may have entered
+            super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self._rows(lambda valid: valid.index_select(0, beam_idx.to(valid.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
+        if self.keys is not None:
+            super().batch_repeat_interleave(repeats)
         self._rows(lambda valid: valid.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
+        if self.keys is not None:
+            super().batch_select_indices(indices)
         self._rows(lambda valid: valid[indices])
 
     def _rows(self, pick: Callable[[Tensor], Tensor]) -> None:

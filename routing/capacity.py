@@ -10,7 +10,7 @@ import numpy as np
 
 
 class CapacitySchedule(ABC):
-    """A share of the candidate tokens, in (0, 1]; 1 means that the layer is dense."""
+    """A share of the candidate tokens, in [0, 1]; 1 means that the layer is dense."""
 
     @abstractmethod
     def __call__(self, depth: float, progress: float = 1.0) -> float:
@@ -47,6 +47,14 @@ class Constant(CapacitySchedule):
         return self.share
 
 
+@dataclass(frozen=True)
+class Nothing(CapacitySchedule):
+    """No token enters any of these layers."""
+
+    def __call__(self, depth: float, progress: float = 1.0) -> float:
+        return 0.0
+
+
 class _Decay(CapacitySchedule):
     """A falling curve: dense above ``high``, never below ``low`` (p-MoD's progressive ratio decay)."""
 
@@ -59,8 +67,8 @@ class _Decay(CapacitySchedule):
         checked_share(self, "high", self.high)
         if self.low > self.high:
             raise ValueError(f"{type(self).__name__}(low={self.low}, high={self.high}): low must not exceed high.")
-        if not 0 <= self.mean <= 1:
-            raise ValueError(f"{type(self).__name__}(mean={self.mean}): must be in [0, 1].")
+        if not -0.5 <= self.mean <= 1:
+            raise ValueError(f"{type(self).__name__}(mean={self.mean}): must be in [-0.5, 1].")
 
     @abstractmethod
     def curve(self, depth: float) -> float:
@@ -76,7 +84,7 @@ class ShiftedCosine(_Decay):
     """cos(pi * depth) / 2 + mean (p-MoD, arXiv 2412.04449, eq. 5); layers above ``high`` stay dense.
 
     Args:
-        mean: Shift of the curve, in [0, 1]; the share at half depth.
+        mean: Shift of the curve, in [-0.5, 1]; the share at half depth, unless it is below ``low``.
         low: Smallest share, in (0, 1].
         high: Layers whose share would exceed this are dense, in (0, 1].
     """
@@ -94,7 +102,7 @@ class Linear(_Decay):
     """mean + 1/2 - depth (p-MoD's ``shiftedlinear``); layers above ``high`` stay dense.
 
     Args:
-        mean: Shift of the line, in [0, 1]; the share at half depth.
+        mean: Shift of the line, in [-0.5, 1]; the share at half depth, unless it is below ``low``.
         low: Smallest share, in (0, 1].
         high: Layers whose share would exceed this are dense, in (0, 1].
     """

@@ -12,7 +12,9 @@ from typing import Literal
 from torch import nn
 from transformers import PreTrainedModel
 
+from routing.attended import AttendedLayer
 from routing.decoder import decoder_layers
+from routing.gate import FollowingGate
 from routing.layer import RoutedLayer
 from routing.tokens import Tokens
 
@@ -100,12 +102,13 @@ class DecoderShape:
             text.vocab_size,
         )
 
-    def layer_flops(self, tokens: int, convention: Convention) -> int:
-        """One gated decoder layer on a sequence of ``tokens``."""
+    def layer_flops(self, tokens: int, convention: Convention, fed: int | None = None) -> int:
+        """One gated decoder layer on a sequence of ``tokens``, of which ``fed`` (None: all) enter the feed-forward."""
         attention_width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        weights = self.width * (2 * attention_width + 2 * kv_width + 3 * self.feed_forward)
+        attention = tokens * self.width * (2 * attention_width + 2 * kv_width)
+        feed_forward = (tokens if fed is None else fed) * self.width * 3 * self.feed_forward
         pairs = {"none": 0, "full": tokens * tokens, "causal": tokens * (tokens + 1) // 2}[convention.attention]
-        return 2 * tokens * weights + 4 * pairs * attention_width
+        return 2 * (attention + feed_forward) + 4 * pairs * attention_width
 
 
 def count(
@@ -124,15 +127,18 @@ def count(
     """
     shape = DecoderShape.of(model)
     costs = []
+    rows = [sum(row[1:]) for row in tokens.counts_B]
     for number, layer in enumerate(decoder_layers(model)):
         kept = _kept(layer, tokens)
-        flops = sum(shape.layer_flops(n, convention) for n in kept)
-        if isinstance(layer, RoutedLayer) and convention.routers:
+        stored = rows if isinstance(layer, AttendedLayer) else kept
+        flops = sum(shape.layer_flops(n, convention, fed) for n, fed in zip(stored, kept, strict=True))
+        if isinstance(layer, RoutedLayer) and convention.routers and not isinstance(layer.gate, FollowingGate):
             scored = sum(p.numel() for p in layer.gate.router.parameters())
             flops += 2 * scored * sum(map(sum, tokens.counts_B))
-        keys = 2 * sum(kept) * shape.kv_heads * shape.head_dim
+            asking = {None: 0, "last": 1, "all": max(rows)}[layer.gate.router.attends]
+            flops += 2 * asking * sum(rows) * shape.heads * shape.head_dim  # products that the attention hides
+        keys = 2 * sum(stored) * shape.kv_heads * shape.head_dim
         costs.append(LayerCost(number, sum(kept), flops, keys * bytes_per_value))
-    rows = [sum(row[1:]) for row in tokens.counts_B]
     positions = {"none": 0, "last": len(rows), "all": sum(rows)}[convention.head]
     return Cost(tuple(costs), 2 * shape.width * shape.vocabulary * positions)
 

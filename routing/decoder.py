@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from routing.attended import AttendedLayer, route_attended
+from routing.attention import Observer, Queries, observe
 from routing.capacity import CapacitySchedule
-from routing.gate import Gate
+from routing.gate import FollowingGate, Gate
 from routing.layer import RoutedLayer, continues_densely, route_layer
 from routing.merge import Merge
 from routing.placement import Placement
@@ -22,6 +25,7 @@ from routing.tokens import NOWHERE, Phase, TokenKind, Tokens
 from routing.weighting import Weighting
 
 Sharing = Literal["separate", "shared"]
+Gives = Literal["nothing", "keys_and_values"]
 Wrap = Callable[[nn.Module, Site], nn.Module]
 
 MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe")
@@ -58,6 +62,7 @@ class Decoder:
         self._by = ""
         self._built: dict[tuple[str, str], tuple[RouterSpec, int]] = {}
         self._claims: dict[tuple[int, Part], tuple[Site, Wrap]] = {}
+        self._observed: dict[int, tuple[Queries, str]] = {}
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -77,14 +82,23 @@ class Decoder:
         """The places that a placement names, first layer first."""
         return tuple(Site(layer, len(self), part, self._by) for layer in placement(len(self)))
 
-    def route_layer(self, site: Site, gate: Gate, merge: Merge) -> None:
-        """Claims a whole layer for depth routing: tokens that ``gate`` keeps go through it, the others pass it by."""
-        config = self.model.config.get_text_config()
+    def route_layer(self, site: Site, gate: Gate, merge: Merge, passed_give: Gives = "nothing") -> None:
+        """Claims a whole layer for depth routing: tokens that ``gate`` keeps go through it, the others pass it by.
 
-        def attention() -> str:
-            return str(config._attn_implementation)
+        What those still give to the layer is nothing, or the keys and values that kept tokens attend to.
+        """
+        if passed_give == "nothing":
+            self.wrap_layer(
+                site, lambda layer, _: route_layer(layer, self.mlp(layer), gate, merge, self.attention_in_force)
+            )
+        else:
+            self.wrap_layer(site, lambda layer, _: route_attended(layer, self.mlp(layer), gate, merge))
 
-        self.wrap_layer(site, lambda layer, _: route_layer(layer, self.mlp(layer), gate, merge, attention))
+    @property
+    def attention_in_force(self) -> Callable[[], str]:
+        """Tells the name of the decoder's attention implementation, which may change after routing."""
+        # No closure: a deep copy of the model has to ask its own configuration.
+        return partial(getattr, self.model.config.get_text_config(), "_attn_implementation")
 
     def gate(
         self,
@@ -96,7 +110,30 @@ class Decoder:
         sharing: Sharing = "separate",
     ) -> Gate:
         """The decision at a site, with a router of its own or one that all sites of this plugin share."""
-        return Gate(site, self.router(router, site, sharing), weighting, selector, capacity, self.tape)
+        built = self.router(router, site, sharing)
+        if built.attends:
+            self._observe(site, built.attends)
+        return Gate(site, built, weighting, selector, capacity, self.tape)
+
+    def follow(self, site: Site, leader: Gate) -> Gate:
+        """The decision of an earlier site, repeated at this one: what was dropped stays dropped."""
+        return FollowingGate(
+            site, leader.router, leader.weighting, leader.selector, leader.capacity, self.tape, leader.site
+        )
+
+    def _observe(self, site: Site, queries: Queries) -> None:
+        """Has the layer before a site watched for the attention that its tokens receive."""
+        if site.layer == 0:
+            raise ValueError(
+                f"Plugin {site.by!r} routes layer 0 by the attention of the layer before, and there is none: let its"
+                " placement start at layer 1 or later."
+            )
+        known = self._observed.setdefault(site.layer - 1, (queries, site.by))
+        if known[0] != queries:
+            raise ValueError(
+                f"Plugins {known[1]!r} and {site.by!r} watch the attention of layer {site.layer - 1} for unlike"
+                f" queries, {known[0]!r} and {queries!r}: let both watch the same, or remove one with enabled: false."
+            )
 
     def router(self, spec: RouterSpec, site: Site, sharing: Sharing, experts: int = 1) -> Router:
         """A new router for this site, or the one that all sites of this plugin share; on the model's root."""
@@ -164,6 +201,11 @@ class Decoder:
                 else:
                     name = _name(layer, MLP_NAMES if part == "mlp" else ATTENTION_NAMES)
                     setattr(layer, name, wrap(getattr(layer, name), site))
+        for index, (queries, _) in self._observed.items():
+            layer = self.layers[index]
+            attention = getattr(layer, _name(layer, ATTENTION_NAMES))
+            cut = isinstance(layer, RoutedLayer) and not isinstance(layer, AttendedLayer)
+            observe(attention, Observer(self.tape, index, queries, self.attention_in_force, cut))
 
 
 def _name(layer: nn.Module, names: tuple[str, ...]) -> str:

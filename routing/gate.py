@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -31,24 +31,34 @@ class Gate:
 
     def __call__(self, x_BTD: Tensor) -> Decision:
         """Decides for the hidden states that enter the site, (batch, tokens, width)."""
-        tokens = self.tape.tokens
-        if tokens is None:
+        tokens, tape = self.known(), self.tape
+        attention_BT = tape.attention.get(self.site.layer - 1) if self.router.attends else None
+        scores_BTE = self.router(RouterInputs(x_BTD, tokens, tape.earlier, self.site, attention_BT))
+        # One rounding, to the dtype the weight multiplies in: what is ranked by weight is ranked as it is used.
+        weights_BTE = self.weighting(scores_BTE).to(x_BTD.dtype)
+        share = self.share(tokens.progress)
+        if tape.intervention is None:
+            decision = self.selector(scores_BTE, weights_BTE, tokens, share)
+        else:
+            decision = tape.intervention(
+                scores_BTE, weights_BTE, self.site, self.weighting, self.selector, tokens, share
+            )
+        asked = None if self.kept(tokens) is None else share
+        candidate_BT = self.selector.candidate_BT(tokens)
+        tape.write(RoutingRecord(self.site, scores_BTE, decision, asked, tokens, candidate_BT))
+        return decision
+
+    def known(self) -> Tokens:
+        """The facts about the tokens of the forward that runs now."""
+        if self.tape.tokens is None:
             raise RuntimeError(
                 f"Layer {self.site.layer} is routed by {self.site.by!r} but knows nothing about its tokens: call the"
                 f" whole vision-language model, not its decoder or a single layer."
             )
-        scores_BTE = self.router(RouterInputs(x_BTD, tokens, self.tape.earlier))
-        # One rounding, to the dtype the weight multiplies in: what is ranked by weight is ranked as it is used.
-        weights_BTE = self.weighting(scores_BTE).to(x_BTD.dtype)
-        share = self.share(tokens.progress)
-        decision = self.selector(scores_BTE, weights_BTE, tokens, share)
-        asked = None if self.kept(tokens) is None else share
-        candidate_BT = self.selector.candidate_BT(tokens)
-        self.tape.write(RoutingRecord(self.site, scores_BTE, decision, asked, tokens, candidate_BT))
-        return decision
+        return self.tape.tokens
 
     def share(self, progress: float = 1.0) -> float:
-        """Share of the candidate tokens that the schedule gives this site, in (0, 1]."""
+        """Share of the candidate tokens that the schedule gives this site, in [0, 1]."""
         return self.capacity(self.site.depth, progress)
 
     def idle(self, tokens: Tokens) -> bool:
@@ -57,9 +67,31 @@ class Gate:
 
     def kept(self, tokens: Tokens) -> tuple[int, ...] | None:
         """Most tokens that each row keeps here, known on the host; None if only the data tell."""
-        return self.selector.kept(tokens, self.share(tokens.progress))
+        share, intervention = self.share(tokens.progress), self.tape.intervention
+        return (
+            self.selector.kept(tokens, share)
+            if intervention is None
+            else intervention.kept(self.selector, tokens, share)
+        )
 
     def ragged(self, tokens: Tokens) -> bool:
         """Whether rows may keep unlike numbers of tokens, so that the shorter ones leave slots empty."""
         kept = self.kept(tokens)
         return kept is None or len(set(kept)) > 1
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class FollowingGate(Gate):
+    """Repeats what an earlier site of the same forward decided: tokens dropped there stay dropped here.
+
+    Args:
+        leader: That site.
+    """
+
+    leader: Site
+
+    def __call__(self, x_BTD: Tensor) -> Decision:
+        self.known()
+        led = next(record for record in self.tape.earlier if record.site == self.leader)
+        self.tape.write(replace(led, site=self.site))
+        return led.decision

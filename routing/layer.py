@@ -47,13 +47,22 @@ class RoutedLayer(nn.Module):
             mask = None if mask is None else like_model(mask, self.attention(), hidden_states.dtype)
             whole = super().__call__(hidden_states, None, None, None, attention_mask=mask, **kwargs)
             return whole
+        if tokens is not None and self.merge.mixes:
+            hidden_states = self.merge.entering(hidden_states, tokens)
         decision = self._decide(hidden_states)
+        if self._nobody(tokens):
+            return self._passing(hidden_states, decision, held)
         if held is not None:
             held.admit(decision, hidden_states.shape[1], holes=tokens is None or gate.ragged(tokens))
         mask = take_mask(attention_mask, decision.index_BK, decision.valid_BK)
         if mask is not None:
             torch._dynamo.maybe_mark_dynamic(mask, [*range(1, mask.ndim)][-2:])
         return self._compute(hidden_states, decision, attention_mask=mask, **kwargs)
+
+    def continues_densely(self, tokens: Tokens, cache: Cache) -> bool:
+        """Whether a single token after this cache enters unasked, and attends to all that it finds here."""
+        held = cache.layers[self.gate.site.layer]
+        return isinstance(held, RoutedKV) and held.valid_BS is None and self.gate.idle(tokens)
 
     def _decide(self, hidden_states: Tensor) -> KeptTokens:
         decision = self.gate(hidden_states)
@@ -63,6 +72,18 @@ class RoutedLayer(nn.Module):
         torch._dynamo.maybe_mark_dynamic(decision.valid_BK, 1)
         return decision
 
+    def _nobody(self, tokens: Tokens | None) -> bool:
+        """Whether no token enters, so that there is nothing to compute; in training parameters must be touched."""
+        if torch.is_grad_enabled() or tokens is None:
+            return False
+        kept = self.gate.kept(tokens)
+        return kept is not None and not any(kept)
+
+    def _passing(self, x_BTD: Tensor, decision: KeptTokens, held: RoutedKV | None) -> Tensor:
+        if held is not None:
+            held.seen += x_BTD.shape[1]
+        return self.merge.passed(x_BTD, decision.weight_BT[..., None].to(x_BTD.dtype))
+
     def _compute(self, hidden_states: Tensor, decision: KeptTokens, **kwargs: object) -> Tensor:
         output: Tensor = super().__call__(
             hidden_states, decision.index_BK, decision.valid_BK, decision.weight_BT, **kwargs
@@ -71,6 +92,16 @@ class RoutedLayer(nn.Module):
 
     def _continue(self, x_BTD: Tensor, tokens: Tokens, held: RoutedKV, kwargs: dict[str, object]) -> Tensor:
         """Tokens that are decided on, and find earlier ones in the cache."""
+        self.refuse_ranking(tokens)
+        decision = self._decide(x_BTD)
+        if self._nobody(tokens):
+            return self._passing(x_BTD, decision, held)
+        mask = held.admit(decision, x_BTD.shape[1], holes=True)
+        mask = None if mask is None else like_model(mask, self.attention(), x_BTD.dtype)
+        return self._compute(x_BTD, decision, attention_mask=mask, **kwargs)
+
+    def refuse_ranking(self, tokens: Tokens) -> None:
+        """Raises ValueError if tokens behind a cache would be ranked among those of one forward."""
         rule = self.gate.selector.rule(tokens.phase)
         if not rule.causal:
             raise ValueError(
@@ -78,10 +109,6 @@ class RoutedLayer(nn.Module):
                 f" earlier ones lie in the cache already. Read such tokens in one prefill, use a causal rule for this"
                 f" phase (SelectBy), or pass use_cache=False."
             )
-        decision = self._decide(x_BTD)
-        mask = held.admit(decision, x_BTD.shape[1], holes=True)
-        mask = None if mask is None else like_model(mask, self.attention(), x_BTD.dtype)
-        return self._compute(x_BTD, decision, attention_mask=mask, **kwargs)
 
     def forward(
         self,
@@ -127,11 +154,7 @@ def continues_densely(layers: Sequence[RoutedLayer], tokens: Tokens, cache: Cach
     So it is in most steps of decoding. It is found out once a step, because asking in every layer took about 1.4 % of
     a step that waits for Python (32 narrow layers on a CPU).
     """
-    for layer in layers:
-        held = cache.layers[layer.gate.site.layer]
-        if not isinstance(held, RoutedKV) or held.valid_BS is not None or not layer.gate.idle(tokens):
-            return False
-    return True
+    return all(layer.continues_densely(tokens, cache) for layer in layers)
 
 
 @dataclass

@@ -8,11 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from routing.tokens import Tokens
+
 
 class Merge(ABC):
-    """``scales_mlp``: the weight multiplies the feed-forward branch inside the layer, before its residual sum."""
+    """``scales_mlp``: the weight multiplies the feed-forward branch inside the layer, before its residual sum.
+
+    ``mixes``: tokens come to the layer mixed with others (``entering``), so that no capacity makes it the dense one.
+    """
 
     scales_mlp: bool = False
+    mixes: bool = False
+
+    def entering(self, x_BTD: Tensor, tokens: Tokens) -> Tensor:
+        """What the tokens are when they come to the layer, before anything is decided; (batch, tokens, width)."""
+        return x_BTD
 
     @abstractmethod
     def kept(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:

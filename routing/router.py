@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from routing.tokens import TokenKind, Tokens
 
 if TYPE_CHECKING:
-    from routing.tape import RoutingRecord
+    from routing.tape import RoutingRecord, Site
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,24 @@ class RouterInputs:
         x_BTD: Hidden states that enter the routed part (the residual stream, before the layer's norm).
         tokens: Facts about the tokens.
         records: What earlier sites of this forward decided, first layer first.
+        site: The place that is decided on.
+        attention_BT: The attention that each token received in the layer before, for routers that declare the need.
     """
 
     x_BTD: Tensor
     tokens: Tokens
     records: Sequence[RoutingRecord]
+    site: Site
+    attention_BT: Tensor | None = None
 
 
 class Router(nn.Module, ABC):
-    """The module that scores; its parameters live on the model's root, in ``model.routers``."""
+    """The module that scores; its parameters live on the model's root, in ``model.routers``.
+
+    ``attends`` declares that it needs the attention of the layer before, and which tokens' attention that is.
+    """
+
+    attends: Literal["last", "all"] | None = None
 
     @abstractmethod
     def forward(self, inputs: RouterInputs) -> Tensor:
@@ -115,6 +124,25 @@ class MLPRouter(RouterSpec):
     def build(self, dim: int, experts: int) -> Router:
         first = _linear(dim, self.hidden, bias=True, std=0.02)
         return Float32Router(nn.Sequential(first, nn.GELU(), _linear(self.hidden, experts, bias=True, std=self.std)))
+
+
+class ZeroRouter(Router):
+    """Zero for every token and expert."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, inputs: RouterInputs) -> Tensor:
+        return inputs.x_BTD.new_zeros(*inputs.tokens.shape, self.experts, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class Unscored(RouterSpec):
+    """No router: every token scores 0, so that a rule takes them in the fixed order of ties."""
+
+    def build(self, dim: int, experts: int) -> Router:
+        return ZeroRouter(experts)
 
 
 class TwoHeads(Router):

@@ -33,7 +33,7 @@ class Selector(ABC):
 
     @abstractmethod
     def __call__(self, scores_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens, capacity: float) -> Decision:
-        """``capacity`` is the share of the candidate tokens, in (0, 1]."""
+        """``capacity`` is the share of the candidate tokens, in [0, 1]."""
 
     @abstractmethod
     def kept(self, tokens: Tokens, capacity: float) -> tuple[int, ...] | None:
@@ -163,6 +163,25 @@ class Threshold(DepthSelector):
 
     def most(self, candidates: int, capacity: float) -> None:
         return None
+
+
+@dataclass(frozen=True)
+class AllOrNothing(DepthSelector):
+    """All candidates enter where the capacity is 1, none where it is less; nobody is compared, so it is causal.
+
+    Args:
+        routes: Kinds of tokens that are routed.
+    """
+
+    causal = True
+
+    def chosen_BT(
+        self, scores_BT: Tensor, weights_BT: Tensor, candidate_BT: Tensor, tokens: Tokens, capacity: float
+    ) -> Tensor:
+        return candidate_BT if capacity == 1 else torch.zeros_like(candidate_BT)
+
+    def most(self, candidates: int, capacity: float) -> int:
+        return candidates if capacity == 1 else 0
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
 from routing.decision import Decision
 from routing.tokens import Tokens
+
+if TYPE_CHECKING:
+    from routing.intervene import Intervention
 
 Part = Literal["layer", "attention", "mlp"]
 
@@ -67,6 +70,8 @@ class RoutingTape:
         tokens: Facts of the forward that runs now, or None between forwards.
         dense: Whether no routed layer has anything to decide or to mask in the forward that runs now.
         earlier: Records of the forward that runs now, first layer first.
+        attention: What tokens received of the attention of observed layers in the forward that runs now, (B, T) each.
+        intervention: What ranks tokens instead of their routers, or None.
     """
 
     def __init__(self) -> None:
@@ -75,6 +80,8 @@ class RoutingTape:
         self.tokens: Tokens | None = None
         self.dense = False
         self.earlier: list[RoutingRecord] = []
+        self.attention: dict[int, Tensor] = {}
+        self.intervention: Intervention | None = None
         self._recordings: list[list[RoutingRecord]] = []
 
     @contextmanager
@@ -85,6 +92,15 @@ class RoutingTape:
             yield
         finally:
             self.announced = before
+
+    @contextmanager
+    def intervening(self, intervention: Intervention | None) -> Iterator[None]:
+        """Inside, tokens are ranked by it instead of by their routers' scores."""
+        before, self.intervention = self.intervention, intervention
+        try:
+            yield
+        finally:
+            self.intervention = before
 
     @contextmanager
     def recording(self) -> Iterator[list[RoutingRecord]]:
@@ -98,11 +114,11 @@ class RoutingTape:
 
     def begin(self, tokens: Tokens, *, dense: bool = False) -> None:
         """A forward starts."""
-        self.tokens, self.dense, self.earlier = tokens, dense, []
+        self.tokens, self.dense, self.earlier, self.attention = tokens, dense, [], {}
 
     def end(self) -> None:
         """A forward is over: nothing of it, and no autograd graph, is kept here."""
-        self.tokens, self.dense, self.earlier = None, False, []
+        self.tokens, self.dense, self.earlier, self.attention = None, False, [], {}
 
     def write(self, record: RoutingRecord) -> None:
         """Called by gates only, once per site and forward."""

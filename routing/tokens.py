@@ -44,6 +44,10 @@ class Tokens:
             so that no layer has to ask the device how many tokens it keeps.
         phase: ``train``, ``prefill`` (the cache is empty, or there is none) or ``decode``.
         progress: How much of the training is over, in [0, 1]; 1.0 at inference.
+        evidence_BT: 1 on the vision tokens that one has to look at to answer, 0 on every other token; -1 on the vision
+            tokens of a row about which nobody said anything. int8 (B, T); None if nothing is known of the whole batch.
+        id_B: A number that belongs to the row, whatever its padding and batch mates: random choices are drawn from it.
+            int64 (B,); None if nobody gave one.
     """
 
     kind_BT: Tensor
@@ -54,6 +58,8 @@ class Tokens:
     counts_B: tuple[tuple[int, ...], ...]
     phase: Phase = "train"
     progress: float = 1.0
+    evidence_BT: Tensor | None = None
+    id_B: Tensor | None = None
 
     def __post_init__(self) -> None:
         shapes = {t.shape for t in self._tensors()}
@@ -62,6 +68,12 @@ class Tokens:
                 f"Tokens: kind, image, tile, row and column must share one (batch, tokens) shape, with one count per"
                 f" batch row; got {sorted(map(tuple, shapes))} and {len(self.counts_B)} counts."
             )
+        for name, fact, shape in (("evidence_BT", self.evidence_BT, self.shape), ("id_B", self.id_B, self.shape[:1])):
+            if fact is not None and fact.shape != shape:
+                raise ValueError(
+                    f"Tokens: {name} has shape {tuple(fact.shape)}.\nAllowed: {tuple(shape)}, or None.\nMake it of this"
+                    " very batch, or leave it out."
+                )
 
     @classmethod
     def of(
@@ -73,6 +85,8 @@ class Tokens:
         row_BT: Tensor | None = None,
         column_BT: Tensor | None = None,
         phase: Phase = "train",
+        evidence_BT: Tensor | None = None,
+        id_B: Tensor | None = None,
     ) -> Tokens:
         """Counts the kinds (free on the CPU, one host sync on an accelerator) and fills in what is not known."""
         kind_BT = kind_BT.to(torch.int8)
@@ -88,6 +102,8 @@ class Tokens:
             nowhere if column_BT is None else column_BT.to(torch.int16),
             tuple(tuple(row) for row in counts),
             phase,
+            evidence_BT=None if evidence_BT is None else evidence_BT.to(torch.int8),
+            id_B=None if id_B is None else id_B.to(torch.int64),
         )
 
     @property
@@ -144,8 +160,11 @@ class Tokens:
         if by == 0:
             return self
         counts = tuple(tuple(n + by * (k == TokenKind.ANSWER) for k, n in enumerate(row)) for row in self.counts_B)
-        kind_BT = F.pad(self.kind_BT, (0, by), value=TokenKind.ANSWER)
-        return replace(self._map(lambda t: F.pad(t, (0, by), value=NOWHERE), counts), kind_BT=kind_BT)
+        kind_BT, *places = self._tensors()
+        image, tile, row, column = (F.pad(place_BT, (0, by), value=NOWHERE) for place_BT in places)
+        evidence = None if self.evidence_BT is None else F.pad(self.evidence_BT, (0, by), value=0)
+        kind_BT = F.pad(kind_BT, (0, by), value=TokenKind.ANSWER)
+        return Tokens(kind_BT, image, tile, row, column, counts, self.phase, self.progress, evidence, self.id_B)
 
     def during(self, phase: Phase, progress: float) -> Tokens:
         """The same tokens, at this point of training or inference."""
@@ -166,4 +185,5 @@ class Tokens:
 
     def _map(self, move: Callable[[Tensor], Tensor], counts_B: tuple[tuple[int, ...], ...]) -> Tokens:
         kind, image, tile, row, column = map(move, self._tensors())
-        return Tokens(kind, image, tile, row, column, counts_B, self.phase, self.progress)
+        evidence, id = (None if fact is None else move(fact) for fact in (self.evidence_BT, self.id_B))
+        return Tokens(kind, image, tile, row, column, counts_B, self.phase, self.progress, evidence, id)

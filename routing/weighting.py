@@ -25,11 +25,27 @@ class Sigmoid(Weighting):
 
 
 @dataclass(frozen=True)
+class Unweighted(Weighting):
+    """1 for every token: scores rank, and multiply nothing."""
+
+    def __call__(self, scores_BTE: Tensor) -> Tensor:
+        return torch.ones_like(scores_BTE)
+
+
+@dataclass(frozen=True)
 class Softmax(Weighting):
     """Over the experts of a token; sums to 1."""
 
     def __call__(self, scores_BTE: Tensor) -> Tensor:
         return scores_BTE.softmax(-1)
+
+
+@dataclass(frozen=True)
+class Unbounded(Weighting):
+    """1 + score, of any size and sign: p-MoD's code without an activation (``mod_weight_norm`` none)."""
+
+    def __call__(self, scores_BTE: Tensor) -> Tensor:
+        return scores_BTE + 1.0
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,8 @@ def test_full_capacity_and_weight_one_are_the_dense_model(plugins, rows, atol, p
     got, want = (each.train(phase == "train")(**batch, use_cache=False).logits for each in (model, dense))
     gap = (got - want)[batch["attention_mask"].bool()].abs().max().item()
     excuse = f"{names(unfollowed)} does not follow the capacity (kept = None)" if unfollowed else None
+    if mixing := [layer.merge for layer in gated(model) if layer.merge.mixes]:
+        excuse = f"tokens come to a layer mixed with others ({names(mixing)}: mixes = True)"
     measured(gap, LOGITS, within=atol, excuse=excuse)
 
 
@@ -84,9 +86,15 @@ def test_checkpointing_changes_no_gradient(plugins):
 
 
 @law("rows")
-@pytest.mark.parametrize("start", ["own", "trained"])
-@pytest.mark.parametrize(("phase", "side"), [("train", "right"), ("prefill", "left")])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(  # every pair of the three
+    ("phase", "side", "attention", "start"),
+    [
+        ("train", "right", "sdpa", "own"),
+        ("train", "right", "eager", "trained"),
+        ("prefill", "left", "sdpa", "trained"),
+        ("prefill", "left", "eager", "own"),
+    ],
+)
 @torch.no_grad()
 def test_a_row_depends_neither_on_batch_mates_nor_on_padding(plugins, phase, side, attention, start):
     with torch.enable_grad():

@@ -11,10 +11,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from datamodules.dataset import Asked, Fetched
-from datamodules.encode import IGNORED, Encoded
+from datamodules.encode import IGNORED, UNKNOWN, Encoded, labels
 from datamodules.records import MARKER
 from routing.tokens import NOWHERE, TokenKind, Tokens
 
@@ -37,13 +36,13 @@ class TrainingCollator:
             return stopped
         rows, skipped = _usable(fetched)
         batch = _padded(rows, self.pad_id, "right")
-        batch["labels"] = pad_sequence([row.labels_T for row in rows], batch_first=True, padding_value=IGNORED)
+        batch["labels"] = labels(batch["input_ids"], batch["tokens"].kind_BT)
         return batch | _supervised(batch["labels"]) | {"skipped": skipped, "asked": len(fetched)}
 
 
 @dataclass(frozen=True)
 class QuestionCollator:
-    """Left-padded questions, with their right answers as text.
+    """Left-padded questions, with their right answers as text, and under ``units`` what each shares with others.
 
     Args:
         pad_id: The tokenizer's padding token.
@@ -63,6 +62,7 @@ class QuestionCollator:
             "kinds": [row.turn.kind for row in asked],
             "truths": [row.turn.answer for row in asked],
             "evidence": [list(row.turn.evidence) for row in asked],
+            "units": [list(row.units) for row in asked],
             "skipped": skipped,
             "asked": len(fetched),
         }
@@ -86,20 +86,39 @@ def _usable(fetched: Sequence[Fetched[T]]) -> tuple[list[T], list[str]]:
 
 
 def _padded(rows: Sequence[Encoded], pad_id: int, side: str) -> Batch:
-    def pad(values: Sequence[Tensor], value: int) -> Tensor:
-        return pad_sequence(list(values), batch_first=True, padding_value=value, padding_side=side)
+    lengths_B1 = torch.tensor([[len(row.ids_T)] for row in rows])
+    place_T = torch.arange(int(lengths_B1.max()))
+    valid_BT = place_T < lengths_B1 if side == "right" else place_T >= len(place_T) - lengths_B1
 
-    kind_BT = pad([row.kind_T for row in rows], TokenKind.PAD)
-    places = (pad([row.place_4T[n] for row in rows], NOWHERE) for n in range(4))
-    image_BT, tile_BT, row_BT, column_BT = places
+    def spread(facts: list[Tensor], padding: int) -> Tensor:
+        fact = torch.cat(facts, dim=-1)
+        return fact.new_full((*fact.shape[:-1], *valid_BT.shape), padding).masked_scatter_(valid_BT, fact)
+
+    kind_BT = spread([row.kind_T for row in rows], TokenKind.PAD)
+    image_BT, tile_BT, row_BT, column_BT = spread([row.place_4T for row in rows], NOWHERE)
+    tokens = Tokens.of(
+        kind_BT,
+        image_BT=image_BT,
+        tile_BT=tile_BT,
+        row_BT=row_BT,
+        column_BT=column_BT,
+        evidence_BT=_known(spread([row.evidence_T for row in rows], 0), kind_BT),
+        id_B=torch.tensor([row.number for row in rows]),
+    )
     batch: Batch = {
-        "input_ids": pad([row.ids_T for row in rows], pad_id),
-        "attention_mask": (kind_BT != TokenKind.PAD).long(),
-        "tokens": Tokens.of(kind_BT, image_BT=image_BT, tile_BT=tile_BT, row_BT=row_BT, column_BT=column_BT),
+        "input_ids": spread([row.ids_T for row in rows], pad_id),
+        "attention_mask": valid_BT.long(),
+        "tokens": tokens,
     }
     if pixels := [row.pixels for row in rows if row.pixels is not None]:
         batch["pixel_values"] = torch.cat(pixels)
     return batch
+
+
+def _known(evidence_BT: Tensor, kind_BT: Tensor) -> Tensor | None:
+    """The evidence, unless there are pictures and nobody said anything about any of them."""
+    said = evidence_BT[kind_BT == TokenKind.VISION] != UNKNOWN
+    return evidence_BT if bool(said.any()) or not len(said) else None
 
 
 def _supervised(labels_BT: Tensor) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from torch.utils.data import Dataset
 
 from datamodules.encode import Encoded, Encoder
 from datamodules.records import BadSampleError, Record, SkipPolicy, Turn, describe
+from datamodules.row_cache import RowCache
 
 T = TypeVar("T")
 BLOCK = 512  # questions that are put in order of the length of their answers, so that short ones need not wait
@@ -40,22 +42,53 @@ class Asked:
         prompt: The question as tokens.
         id: Name of the record, with the number of the turn where there are several.
         turn: The question as text, its kind and its right answer.
+        units: Names of what it shares with other questions.
     """
 
     prompt: Encoded
     id: str
     turn: Turn
+    units: tuple[str, ...]
 
 
-class Conversations(Dataset[Fetched[Encoded]]):
-    """Whole conversations to learn from; one that cannot be used is replaced, so that batches keep their size."""
+class Rows(Dataset[Fetched[T]], ABC):
+    """Rows made of records.
+
+    Attributes:
+        cached: Where they are read from, if anywhere. What was refused there is encoded anew, to be refused in the same
+            words.
+    """
+
+    cached: RowCache | None = None
 
     def __init__(self, records: Sequence[Record], encoder: Encoder, policy: SkipPolicy) -> None:
         self.records, self.encoder, self.policy = records, encoder, policy
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def encoded(self, index: int) -> Encoded:
+        """A row, encoded now; BadSampleError if it cannot be used."""
+
+    def row(self, index: int) -> Encoded:
+        """A row, from the cache if it is there."""
+        cached = None if self.cached is None else self.cached[index]
+        return self.encoded(index) if cached is None else cached
+
+
+class Conversations(Rows[Encoded]):
+    """Whole conversations to learn from; one that cannot be used is replaced, so that batches keep their size."""
+
+    def __init__(self, records: Sequence[Record], encoder: Encoder, policy: SkipPolicy) -> None:
+        super().__init__(records, encoder, policy)
         self.bad: dict[int, str] = {}  # not tried again as replacements
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def encoded(self, index: int) -> Encoded:
+        return self.encoder.conversation(self.records[index])
 
     def __getitem__(self, index: int) -> Fetched[Encoded]:
         asked = self._fetch(index)
@@ -72,17 +105,17 @@ class Conversations(Dataset[Fetched[Encoded]]):
         )
 
     def _fetch(self, index: int) -> Fetched[Encoded]:
-        fetched = _attempt(lambda: self.encoder.conversation(self.records[index]), self.policy)
+        fetched = _attempt(lambda: self.row(index), self.policy)
         if fetched.skipped is not None:
             self.bad[index] = fetched.skipped
         return fetched
 
 
-class Questions(Dataset[Fetched[Asked]]):
+class Questions(Rows[Asked]):
     """Every question of every record as a row of its own, without the turns before it; bad ones are left out."""
 
     def __init__(self, records: Sequence[Record], encoder: Encoder, policy: SkipPolicy) -> None:
-        self.encoder, self.policy = encoder, policy
+        super().__init__(records, encoder, policy)
         asked = [(record, turn) for record in records for turn in range(len(record.turns))]
         blocks = [asked[start : start + BLOCK] for start in range(0, len(asked), BLOCK)]
         self.asked = [one for block in blocks for one in sorted(block, key=_answer_length)]
@@ -90,10 +123,13 @@ class Questions(Dataset[Fetched[Asked]]):
     def __len__(self) -> int:
         return len(self.asked)
 
+    def encoded(self, index: int) -> Encoded:
+        return self.encoder.question(*self.asked[index])
+
     def __getitem__(self, index: int) -> Fetched[Asked]:
         record, turn = self.asked[index]
         name = record.id if len(record.turns) == 1 else f"{record.id}/{turn}"
-        return _attempt(lambda: Asked(self.encoder.question(record, turn), name, record.turns[turn]), self.policy)
+        return _attempt(lambda: Asked(self.row(index), name, record.turns[turn], record.units), self.policy)
 
 
 def _answer_length(asked: tuple[Record, int]) -> int:

@@ -26,6 +26,7 @@ class DigitsVQA(LlavaData):
         val_scenes: Pictures to validate on.
         test_scenes: Pictures to test on.
         questions: Questions about each picture, 1 to 8.
+        eval_questions: The same in the validation and test splits; None for as many as ``questions``.
         order: ``image_first``: one conversation per picture. ``question_first``: one per question, picture last.
         text_share: Conversations without a picture (arithmetic), as a share of the pictures, in [0, 1].
         image_size: Pixels of a picture's side; a multiple of ``patch_size``, at least nine patches.
@@ -35,6 +36,8 @@ class DigitsVQA(LlavaData):
         eval_batch_size: Questions of an evaluation batch, per device.
         num_workers: Processes that read, per device; and, if not 0, that draw the pictures on first use.
         seed: Of the data and of the order of the training rows.
+        cache: Folder that keeps the encoded rows and pictures, so that later runs need not encode them; None for none.
+            It takes 110 kB for each picture of 96 pixels, and may be deleted when no run reads it.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class DigitsVQA(LlavaData):
         val_scenes: int = 60,
         test_scenes: int = 60,
         questions: int = 6,
+        eval_questions: int | None = None,
         order: Order = "image_first",
         text_share: float = 0.05,
         image_size: int = 96,
@@ -53,6 +57,7 @@ class DigitsVQA(LlavaData):
         eval_batch_size: int = 60,
         num_workers: int = 0,
         seed: int = 0,
+        cache: str | None = None,
     ) -> None:
         stem = StemSpec(**stem) if isinstance(stem, dict) else stem  # from a checkpoint
         folder = Path(root)
@@ -67,10 +72,12 @@ class DigitsVQA(LlavaData):
             eval_batch_size=eval_batch_size,
             num_workers=num_workers,
             seed=seed,
+            cache=cache,
         )
         self.root = folder
         scenes = {"train": train_scenes, "val": val_scenes, "test": test_scenes}
-        self.spec = DigitsSpec(scenes, questions, order, text_share, Geometry(image_size, patch_size), stem, seed)  # type: ignore[arg-type]
+        geometry = Geometry(image_size, patch_size)
+        self.spec = DigitsSpec(scenes, questions, order, text_share, geometry, stem, seed, eval_questions)  # type: ignore[arg-type]
 
     @property
     def vision_tower(self) -> Path:

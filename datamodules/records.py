@@ -46,7 +46,8 @@ class Turn:
         question: Human text, with ``<image>`` where a picture stands.
         answer: What the assistant says.
         kind: What sort of question it is; scores are kept per kind.
-        evidence: Numbers of the patches that hold the answer, if known.
+        evidence: Numbers of the patches that one has to look at to answer; empty where nobody said. They count from 0,
+            row by row, through the pictures of the record as the vision tower sees them.
     """
 
     question: str
@@ -78,6 +79,13 @@ class Record:
     extra: Mapping[str, Any] = field(default_factory=dict)
     where: str = "record"
     changed: str | None = None
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """Names of what its questions share with others: its list of ``scans``, else its pictures, else its id."""
+        scans = self.extra.get("scans")
+        named = scans if isinstance(scans, list) and scans else self.images or (self.id,)
+        return tuple(dict.fromkeys(map(str, named)))
 
 
 @dataclass(frozen=True)

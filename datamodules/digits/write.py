@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from multiprocessing import get_all_start_methods, get_context
@@ -24,6 +20,7 @@ from datamodules.digits.scene import Geometry, compose
 from datamodules.digits.stem import StemSpec, train_stem
 from datamodules.records import MARKER
 from datamodules.templates import Template
+from datamodules.whole_folder import whole_folder
 
 Order = Literal["image_first", "question_first"]
 Entry = dict[str, Any]
@@ -44,6 +41,7 @@ class DigitsSpec:
         geometry: Pictures and patches.
         stem: The vision tower and its training.
         seed: Of everything that is drawn.
+        eval_questions: Questions about each picture that is not of the training split; None for as many as there.
     """
 
     scenes: dict[Split, int]
@@ -53,6 +51,7 @@ class DigitsSpec:
     geometry: Geometry = field(default_factory=Geometry)
     stem: StemSpec = field(default_factory=StemSpec)
     seed: int = 0
+    eval_questions: int | None = None
 
     def __post_init__(self) -> None:
         if self.order not in ("image_first", "question_first") or not 0 <= self.text_share <= 1:
@@ -60,11 +59,19 @@ class DigitsSpec:
                 f"order={self.order!r} must be 'image_first' or 'question_first', and text_share="
                 f"{self.text_share} lie in [0, 1]."
             )
-        if self.questions < 1 or min(self.scenes.values()) < 1:
+        if min(self.questions, self.asked("val"), *self.scenes.values()) < 1:
             raise ValueError(f"Give at least one scene per split and one question per scene; got {self}.")
 
+    def asked(self, split: Split) -> int:
+        """Questions of a split's conversations."""
+        return self.questions if split == "train" or self.eval_questions is None else self.eval_questions
+
     def as_json(self) -> str:
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, sort_keys=True) + "\n"
+        """Without ``eval_questions`` where they change nothing, so that folders of the time before them stay good."""
+        facts = {"format": FORMAT, **asdict(self)}
+        if self.asked("val") == self.questions:
+            del facts["eval_questions"]
+        return json.dumps(facts, indent=1, sort_keys=True) + "\n"
 
 
 def write_digits(root: Path, spec: DigitsSpec, workers: int = 0) -> None:
@@ -79,7 +86,7 @@ def write_digits(root: Path, spec: DigitsSpec, workers: int = 0) -> None:
     """
     if _already(root, spec):
         return
-    with _all_or_nothing(root) as folder:
+    with whole_folder(root) as folder:
         processor = build_processor(vocabulary(), spec.geometry, Template(system=SYSTEM).jinja)
         processor.save_pretrained(folder / "processor")
         for split in SPLITS:
@@ -106,22 +113,8 @@ def _already(root: Path, spec: DigitsSpec) -> bool:
 
 
 def _differences(old: Entry, new: Entry) -> str:
-    return ", ".join(f"{key} {old.get(key)} (now {new[key]})" for key in new if old.get(key) != new[key])
-
-
-@contextmanager
-def _all_or_nothing(root: Path) -> Iterator[Path]:
-    """A folder beside ``root`` that takes its place at the end, and vanishes if anything fails before."""
-    root.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
-    try:
-        yield folder
-        folder.chmod(0o755)
-        os.sync()
-        os.replace(folder, root)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    keys = [key for key in {**new, **old} if old.get(key) != new.get(key)]
+    return ", ".join(f"{key} {old.get(key)} (now {new.get(key)})" for key in keys)
 
 
 def _dump(path: Path, content: Any) -> None:
@@ -149,7 +142,7 @@ def _draw(folder: Path, spec: DigitsSpec, split: Split, number: int) -> list[Ent
     image = f"{split}/{number:06d}.png"
     scene.save(str(folder / "images" / image))
     facts = {"image": image, "scans": [item.scan for item in scene.items]}
-    asked = ask(scene, spec.questions, rng)
+    asked = ask(scene, spec.asked(split), rng)
     name = f"{split}-{number:06d}"
     if spec.order == "image_first":
         first = Question(asked[0].kind, f"{MARKER}\n{asked[0].text}", asked[0].answer, asked[0].evidence)
@@ -163,7 +156,7 @@ def _draw(folder: Path, spec: DigitsSpec, split: Split, number: int) -> list[Ent
 
 def _text_only(spec: DigitsSpec, split: Split, number: int) -> Entry:
     rng = np.random.default_rng([spec.seed, SPLITS.index(split), 1, number])
-    asked = [arithmetic(rng) for _ in range(spec.questions)]
+    asked = [arithmetic(rng) for _ in range(spec.asked(split))]
     return {"id": f"{split}-text-{number:06d}", "conversations": _conversation(asked)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,29 @@ def test_other_arguments_are_refused_and_the_same_ones_reused(digits: DigitsVQA,
     with pytest.raises(ValueError, match="something else"):
         make_digits(tmp_path).prepare_data()
     assert (tmp_path / "mine.txt").exists()
+
+
+def test_more_questions_for_evaluation(digits: DigitsVQA, tmp_path: Path) -> None:
+    """Nothing else changes; and where they are as many, nothing at all, so that older folders stay good."""
+    spec = replace(digits.spec, eval_questions=8)
+    for split, each in (("train", 6), ("val", 8), ("test", 8)):
+        (tmp_path / "images" / split).mkdir(parents=True)
+        entries = write._entries(tmp_path, spec, split, workers=0)
+        before = json.loads((digits.root / f"{split}.json").read_text())
+        assert _bytes(tmp_path / "images" / split) == _bytes(digits.root / "images" / split)
+        assert [entry["id"] for entry in entries] == [entry["id"] for entry in before]
+        assert max(len(entry["conversations"]) for entry in entries) == 2 * each
+        said = zip(entries, before, strict=True)
+        assert all(new["conversations"][:12] == old["conversations"] for new, old in said)
+    assert "eval_questions" not in json.loads((digits.root / "spec.json").read_text())
+    make_digits(digits.root, eval_questions=6).prepare_data()
+    with pytest.raises(ValueError, match=r"eval_questions None \(now 8\).*another root"):
+        make_digits(digits.root, eval_questions=8).prepare_data()
+    (tmp_path / "spec.json").write_text(spec.as_json())
+    with pytest.raises(ValueError, match=r"eval_questions 8 \(now None\).*another root"):
+        make_digits(tmp_path).prepare_data()
+    with pytest.raises(ValueError, match="at least one scene per split and one question"):
+        DigitsVQA(eval_questions=0)
 
 
 def test_evidence_patches_hold_the_digits() -> None:

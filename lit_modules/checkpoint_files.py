@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import shutil
@@ -60,8 +61,8 @@ class WholeCheckpoints(TorchCheckpointIO):
                 f"{path} is no checkpoint of plain tensors and values.\nAllowed: checkpoints that `lit fit` wrote;"
                 " objects are not loaded, because they can run code.\nGive another `ckpt_path`."
             ) from error
-        except RuntimeError as error:
-            if "PytorchStreamReader" not in str(error):
+        except (RuntimeError, OSError) as error:
+            if "PytorchStreamReader" not in str(error) and getattr(error, "errno", None) != errno.EINVAL:
                 raise
             raise ValueError(
                 f"{path} is cut short or damaged: {first_line(error)}\nAllowed: a whole checkpoint.\nGive an earlier"

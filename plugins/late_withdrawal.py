@@ -26,7 +26,7 @@ class LateWithdrawal(RoutingPlugin):
     The control for every method that thins vision tokens in deep layers: it asks whether those layers need any.
 
     Args:
-        placement: Layers without vision tokens; by default the second half of the decoder.
+        placement: Layers without vision tokens; by default the last four.
     """
 
     placement: Placement = Between(-4, -1)

@@ -18,6 +18,8 @@ from routing.tape import Site
 from routing.tokens import TokenKind, Tokens
 from routing.weighting import Weighting
 
+SALT = 0x1D7E  # so that no draw is that of a plugin with the same seed
+
 
 class Intervention(ABC):
     """Other scores for the ranking of tokens, in every routed layer that ranks them."""
@@ -94,7 +96,7 @@ class Random(Intervention):
     seed: int = 0
 
     def scores_BT(self, scores_BT: Tensor, site: Site, tokens: Tokens) -> Tensor:
-        return uniform_BT(tokens, site.layer, self.seed)
+        return uniform_BT(tokens, site.layer, self.seed, SALT)
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Shuffled(Intervention):
     seed: int = 0
 
     def scores_BT(self, scores_BT: Tensor, site: Site, tokens: Tokens) -> Tensor:
-        by_chance = uniform_BT(tokens, site.layer, self.seed).argsort(dim=1, stable=True)
+        by_chance = uniform_BT(tokens, site.layer, self.seed, SALT).argsort(dim=1, stable=True)
         image_BT = tokens.image_BT.long()
         drawn = by_chance.gather(1, image_BT.gather(1, by_chance).argsort(dim=1, stable=True))
         in_order = image_BT.argsort(dim=1, stable=True)

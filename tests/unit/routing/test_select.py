@@ -137,16 +137,16 @@ def test_routers_score_in_float32_whatever_autocast_says(autocast):
     tokens = Tokens.of(KINDS)
     for spec in (LinearRouter(std=1.0), MLPRouter(hidden=8, std=1.0), ModalityRouter()):
         router = spec.build(16, 3)
-        want = router(RouterInputs(x, tokens, []))
+        want = router(RouterInputs(x, tokens, [], Site(0, 2, "layer", "depth")))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            got = router(RouterInputs(x, tokens, []))
+            got = router(RouterInputs(x, tokens, [], Site(0, 2, "layer", "depth")))
         assert got.dtype == torch.float32 and torch.equal(got, want)
 
 
 def test_separate_routers_each_score_their_own_modality():
     router = ModalityRouter(LinearRouter(std=1.0), LinearRouter(std=1.0)).build(16, 1)
     x, tokens = torch.randn(3, 8, 16), Tokens.of(KINDS)
-    inputs = RouterInputs(x, tokens, [])
+    inputs = RouterInputs(x, tokens, [], Site(0, 2, "layer", "depth"))
     scores, vision, text = router(inputs), router.vision(inputs), router.text(inputs)
     for b in range(3):
         for t in range(8):

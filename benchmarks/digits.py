@@ -23,7 +23,9 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.step_time import Timing, load, time_configs
+from benchmarks.step_time import time_configs
+from lit_modules.configured import load, read
+from lit_modules.speed import Timing
 
 Scores = dict[str, dict[str, float]]  # kind -> exact_match, majority, blank
 
@@ -182,7 +184,7 @@ def main() -> None:
     args.runs.mkdir(parents=True, exist_ok=True)
     scores = args.runs / "scores.json"
     if not scores.exists():
-        load(args.configs[0])[1].prepare_data()  # once, before the trainings ask for it together
+        load(read(args.configs[0]))[1].prepare_data()  # once, before the trainings ask for it together
         scores.write_text(json.dumps(train_and_test(args.configs, args.runs, args.extra)))
     results = {name: (by_kind, minutes) for name, (by_kind, minutes) in json.loads(scores.read_text()).items()}
     timings = time_configs(args.configs)

@@ -6,7 +6,9 @@ from lit_modules.evaluation import Generation
 from lit_modules.monitor import RoutingMonitor
 from lit_modules.objectives import LanguageModelling, Objective, Step
 from lit_modules.optimization import Optimization
+from lit_modules.outcome_writer import OutcomeWriter
 from lit_modules.routed_vlm import RoutedVLM
+from lit_modules.routing_truth import RoutingTruth
 from lit_modules.specs import to_spec
 from lit_modules.tiny_llava import TinyLlava
 
@@ -18,9 +20,11 @@ __all__ = [
     "LanguageModelling",
     "Objective",
     "Optimization",
+    "OutcomeWriter",
     "Pretrained",
     "RoutedVLM",
     "RoutingMonitor",
+    "RoutingTruth",
     "Step",
     "TinyLlava",
     "to_spec",

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lit_modules.evaluation import Score
+from lit_modules.interventions import left_out
 
 
 def evaluation_table(scores: Sequence[Score]) -> str:
-    """One line per kind: the model beside what needs no eyes."""
+    """One line per kind: the model beside what needs no eyes, and beside itself under each intervention."""
     rows = [
         (
             s.kind,
@@ -16,10 +17,14 @@ def evaluation_table(scores: Sequence[Score]) -> str:
             f"{s.exact_match:.3f}",
             "" if s.majority is None else f"{s.majority:.3f}",
             "" if s.blank is None else f"{s.blank:.3f}",
+            *(f"{r.exact_match:.3f} ({r.change:+.1f})" if r.questions else "" for r in s.replaced.values()),
         )
         for s in scores
     ]
-    return table(("kind", "questions", "exact match", "majority", "blank image"), rows)
+    names = list(scores[-1].replaced)
+    notes = ["", "In brackets: change in points against the plain answers to the same questions."] if names else []
+    notes += left_out(scores[-1].replaced, scores[-1].questions)
+    return "\n".join([table(("kind", "questions", "exact match", "majority", "blank image", *names), rows), *notes])
 
 
 def data_table(summary: Mapping[str, object]) -> str:

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lit_modules import architecture, parts, report, rng
+from lit_modules import architecture, interventions, parts, report, rng
 from lit_modules.activation_checkpointing import recompute_layers
 from lit_modules.backbones import Backbone
 from lit_modules.batches import model_inputs, number
@@ -20,8 +20,11 @@ from lit_modules.evaluation import Evaluation, Generation, Score, tags
 from lit_modules.logits import logits_only_at
 from lit_modules.objectives import LanguageModelling, Objective, Step
 from lit_modules.optimization import Optimization
+from lit_modules.other_image import with_other_images
+from lit_modules.outcome_writer import Row, rows
 from lit_modules.processes import gathered, leave_at_exit, shard
 from lit_modules.specs import to_spec
+from lit_modules.start import Start
 from routing import RoutingPlugin, RoutingTape, attach
 
 if TYPE_CHECKING:
@@ -45,6 +48,8 @@ class RoutedVLM(LightningModule):
         objective: What is trained for; the plugins' auxiliary losses are added.
         generation: How answers are made when the model is judged.
         checkpoint_activations: Whether layers are recomputed in the backward pass, which saves memory and costs time.
+        start_from: Whose weights replace the backbone's at the start: a checkpoint's, or those of a run's folder or of
+            one that ``save_pretrained`` wrote. Its dense model is the same; routers are taken where they fit.
     """
 
     def __init__(
@@ -56,11 +61,12 @@ class RoutedVLM(LightningModule):
         objective: Objective = LanguageModelling(),  # noqa: B008  (frozen)
         generation: Generation = Generation(),  # noqa: B008  (frozen)
         checkpoint_activations: bool = False,
+        start_from: str | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.plugins, self.parts = backbone, plugins or {}, DEFAULT_PARTS if parts is None else parts
         self.optimization, self.objective, self.generation = optimization, objective, generation
-        self.checkpoint_activations = checkpoint_activations
+        self.checkpoint_activations, self.start = checkpoint_activations, Start(start_from)
         self.model: PreTrainedModel | None = None
         self.tape = RoutingTape()
         self.rates: dict[str, float] = {}
@@ -72,6 +78,7 @@ class RoutedVLM(LightningModule):
         self.save_hyperparameters(self._spec())
 
     def _spec(self) -> dict[str, object]:
+        # Not start_from: the weights of a checkpoint are its own, and where they started may be gone.
         names = ("backbone", "plugins", "parts", "optimization", "objective", "generation", "checkpoint_activations")
         instantiator = {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
         own = f"{type(self).__module__}.{type(self).__qualname__}"
@@ -81,14 +88,18 @@ class RoutedVLM(LightningModule):
         if self.model is not None:
             return
         model = self.backbone.build()
+        self.start.fill_dense(model, to_spec(self.backbone))
         self.tape = attach(model, self.plugins)
         self.rates = parts.choose(model, self.parts)
         self.pictured = parts.reached_by_pictures(model, self.rates)
         parts.freeze_all_but(model, self.rates)
+        self.start.fill_routed(model)
         if self.checkpoint_activations:
             recompute_layers(model)
         if self._trainer is not None:
             parts.check_precision(model, mixed="mixed" in str(self._trainer.precision))
+        else:
+            self.start.say()
         if self.device_mesh is not None:
             shard(model, self.device_mesh)
         # Hugging Face answers in evaluation mode, and Lightning leaves modes as it finds them.
@@ -101,7 +112,9 @@ class RoutedVLM(LightningModule):
         parts.refuse_true_half(str(self.trainer.precision))
         data = self._data
         kinds = getattr(data, "kinds", tuple(data.majority))
-        self.evaluation = Evaluation(data.majority, getattr(data, "groups", {}), kinds)
+        asked_under = self.generation.interventions
+        interventions.check(asked_under, self.plugins)
+        self.evaluation = Evaluation(data.majority, getattr(data, "groups", {}), kinds, asked_under)
 
     @property
     def _data(self) -> LightningDataModule:
@@ -123,6 +136,7 @@ class RoutedVLM(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
+        self.start.say()
         if len(self.rng_by_rank) == self.trainer.world_size:
             rng.restore(self.rng_by_rank[self.global_rank])
         self.rng_by_rank = []
@@ -182,6 +196,11 @@ class RoutedVLM(LightningModule):
 
     # Evaluation
 
+    def on_validation_start(self) -> None:
+        self.start.say()
+
+    on_test_start = on_predict_start = on_validation_start
+
     def answers(self, batch: Mapping[str, object], *, blank: bool = False) -> list[str]:
         """Greedy answers; ``blank`` replaces every image by its mean colour."""
         assert self.model is not None
@@ -203,19 +222,24 @@ class RoutedVLM(LightningModule):
         said = tokenizer.batch_decode(new_BT, skip_special_tokens=True)
         return [(answer.lstrip().split(end)[0] if end else answer).strip() for answer in said]
 
-    def validation_step(self, batch: Mapping[str, object], batch_idx: int) -> None:
+    def validation_step(self, batch: Mapping[str, object], batch_idx: int) -> list[Row]:
+        """Asks plainly first, then in every other way."""
         assert self.evaluation is not None
-        answers = self.answers(batch)
-        blank = None
+        answers, seen = self.answers(batch), "pixel_values" in batch
+        ways = {}
         if self.generation.asks_blank(batch_idx):
-            blank = self.answers(batch, blank=True) if "pixel_values" in batch else answers
-        self.evaluation.update(batch["kinds"], batch["truths"], answers, blank)
+            ways["blank"] = self.answers(batch, blank=True) if seen else answers
+        if self.generation.asks_other_image(batch_idx) and (other := with_other_images(batch)):
+            ways["other_image"] = self.answers(other) if seen else answers
+        replaced = self.evaluation.interventions.ask(batch, self.tape, lambda: self.answers(batch))
+        self.evaluation.update(batch["kinds"], batch["truths"], answers, ways.get("blank"), replaced)
+        return interventions.beside(rows(batch, answers, ways), replaced)
 
     def on_validation_epoch_end(self) -> None:
         self._conclude("val")
 
-    def test_step(self, batch: Mapping[str, object], batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
+    def test_step(self, batch: Mapping[str, object], batch_idx: int) -> list[Row]:
+        return self.validation_step(batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
         self._conclude("test")
@@ -250,10 +274,12 @@ class RoutedVLM(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
         checkpoint[architecture.KEY] = architecture.shapes(self.state_dict())
         checkpoint["rng"] = gathered(rng.state())
+        checkpoint["origins"] = self.start.origins
 
     def on_load_checkpoint(self, checkpoint: dict[str, object]) -> None:
         self.configure_model()
         architecture.check(checkpoint, architecture.shapes(self.state_dict()))
         architecture.check_backbone(checkpoint, cast("Mapping[str, object]", to_spec(self.backbone)))
+        self.start.overruled(checkpoint)
         if self._trainer is not None and self._trainer.state.fn == "fit":  # not where only weights are taken
             self.rng_by_rank = cast("list[Mapping[str, object]]", checkpoint.get("rng", []))

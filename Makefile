@@ -13,7 +13,7 @@ demo: $(STAMP)-demo preflight  ## Train p-MoD to read handwritten digits: two CP
 	$(BIN)/python -m lit fit --config configs/quickstart.yaml
 
 test: $(STAMP)-test preflight  ## Run the tests that need neither an accelerator nor minutes
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not gpu and not slow"
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 -m "not gpu and not slow"
 
 check: $(STAMP)-dev  ## Lint, types and import rules
 	$(BIN)/ruff check .

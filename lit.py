@@ -7,11 +7,13 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 OURS = ("routing", "plugins", "lit_modules", "datamodules", "plugin_files")
+# What the processes of a study need not import each for itself.
+SHARED = ("lit_modules.command_line", "lit_modules.speed", "datamodules", "study.run", "pyarrow.parquet")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -23,6 +25,8 @@ def main(args: list[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
     if args[:1] == ["plugins"]:
         plugins(args[1:])
+    elif args[:1] == ["study"]:
+        study(args[1:])
     else:
         train(args)
 
@@ -45,6 +49,61 @@ def _ours() -> Iterator[str]:
 
     yield from OURS
     yield from (plugin.__module__.partition(".")[0] for plugin in registered().values())
+
+
+def study(args: list[str]) -> None:
+    """Arms x levels x seeds, their tables and plots."""
+    from importlib.util import find_spec
+
+    try:
+        if missing := [name for name in ("pyarrow", "matplotlib", "scipy") if find_spec(name) is None]:
+            raise ValueError(f"A study needs {', '.join(missing)}.\nInstall it: pip install 'lit-routing[study]'")
+        from lit_modules.complaints import explain
+        from study.command import Workshop, run
+
+        code = run(args, Workshop(main, load, prepare, stopwatch, gpus, explain, SHARED))
+    except (ValueError, OSError) as error:
+        if os.environ.get("LIT_TRACEBACK"):
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted. What is finished stays; the same command goes on with the rest.\n")
+        raise SystemExit(130) from None
+    if code:
+        raise SystemExit(code)
+
+
+def gpus() -> int:
+    """How many there are, for a study."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def load(config: Path) -> object:
+    """A config's model and data as objects, for a study."""
+    import datamodules  # noqa: F401  (importing gives its classes short names)
+    from lit_modules import class_files, configured
+
+    class_files.accept()
+    return configured.load(configured.read(config))
+
+
+def prepare(config: Path) -> None:
+    """A config's data on disk, for a study."""
+    load(config)
+    from lit_modules import configured
+
+    configured.prepare(config)
+
+
+def stopwatch(reference: Path, rounds: int) -> Callable[[Path], Mapping[str, object]]:
+    """What measures configs beside a reference, for a study."""
+    load(reference)
+    from lit_modules.speed import Rounds, Stopwatch
+
+    return Stopwatch(reference, Rounds.fitting(rounds))
 
 
 def plugins(args: list[str]) -> None:

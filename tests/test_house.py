@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("routing", "plugins", "lit_modules", "datamodules", "templates")
+PACKAGES = ("routing", "plugins", "lit_modules", "datamodules", "templates", "study")
 FILES = [*ROOT.glob("*.py"), *(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))]
 
 

@@ -1,0 +1,1 @@
+"""Comparisons of ways to route: the same questions, several seeds, one table."""

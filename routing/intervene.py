@@ -22,7 +22,12 @@ SALT = 0x1D7E  # so that no draw is that of a plugin with the same seed
 
 
 class Intervention(ABC):
-    """Other scores for the ranking of tokens, in every routed layer that ranks them."""
+    """Other scores for the tokens of a prompt, in every routed layer; generated tokens are decided on as ever.
+
+    ``own_scores``: they are the router's own, handed to other tokens, so that a rule may hold them against a threshold.
+    """
+
+    own_scores: bool = False
 
     @abstractmethod
     def scores_BT(self, scores_BT: Tensor, site: Site, tokens: Tokens) -> Tensor:
@@ -41,9 +46,18 @@ class Intervention(ABC):
         """The decision by other scores, with the weights that the router gave.
 
         Raises:
-            ValueError: the site is routed in width, where tokens are not kept or passed by.
+            ValueError: the site is routed in width, where tokens are not kept or passed by; or its rule does not rank.
         """
-        other_BTE = self.scores_BT(scores_BTE[..., 0], site, tokens)[..., None]
+        other_BTE = scores_BTE
+        if tokens.phase != "decode":
+            if not self.own_scores and selector.kept(tokens, share) is None:
+                rule = type(selector.rule(tokens.phase)).__name__
+                raise ValueError(
+                    f"{type(self).__name__}: layer {site.layer} is routed by {rule}, which ranks no tokens, so that"
+                    " other scores would keep other numbers of them. Allowed there: dense, shuffled, swapped; or give"
+                    " the plugin a rule that ranks."
+                )
+            other_BTE = self.scores_BT(scores_BTE[..., 0], site, tokens)[..., None]
         decision = selector(other_BTE, weighting(other_BTE).to(weights_BTE.dtype), tokens, share)
         if not isinstance(decision, KeptTokens):
             raise ValueError(
@@ -108,6 +122,7 @@ class Shuffled(Intervention):
     """
 
     seed: int = 0
+    own_scores = True
 
     def scores_BT(self, scores_BT: Tensor, site: Site, tokens: Tokens) -> Tensor:
         by_chance = uniform_BT(tokens, site.layer, self.seed, SALT).argsort(dim=1, stable=True)
@@ -127,6 +142,7 @@ class Swapped(Intervention):
     """
 
     donor_B: Tensor
+    own_scores = True
 
     def scores_BT(self, scores_BT: Tensor, site: Site, tokens: Tokens) -> Tensor:
         if len(self.donor_B) != len(scores_BT):

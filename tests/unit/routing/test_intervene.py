@@ -23,6 +23,7 @@ from routing import (
     Threshold,
     TokenChoice,
     TokenKind,
+    Tokens,
     attach,
 )
 from routing.intervene import SALT, Dense, Oracle, Random, Shuffled, Swapped
@@ -150,6 +151,8 @@ def test_a_row_that_routes_text_too_is_shuffled_as_it_is_alone():
 class Same(Intervention):
     """Ranks by the routers' own scores."""
 
+    own_scores = True
+
     def scores_BT(self, scores_BT, site, tokens):
         return scores_BT
 
@@ -256,3 +259,23 @@ def test_what_an_intervention_cannot_do_is_refused_by_name():
         Random()(scores, scores, Site(3, 8, "mlp", "experts"), Sigmoid(), TokenChoice(1), tokens, 1.0)
     with tape.intervening(Oracle()), tape.about(told(batch)):  # nothing is left behind by what was refused
         assert model(**batch, use_cache=False).logits.isfinite().all()
+
+
+def test_a_threshold_takes_scores_of_others_but_none_of_another_scale():
+    model, _, tape = routed(MixtureOfDepths(router=LinearRouter(std=0.5), selector=Threshold()))
+    own, _ = recorded(model, tape, None)
+    shuffled, _ = recorded(model, tape, Shuffled())
+    counts, again = ([record.decision.keep_BT().sum().item() for record in records] for records in (own, shuffled))
+    assert counts[0] == again[0]  # deeper layers see other states
+    for intervention in (Random(), Oracle()):
+        with pytest.raises(ValueError, match="is routed by Threshold, which ranks no tokens"):
+            recorded(model, tape, intervention)
+
+
+def test_generated_tokens_are_decided_on_as_ever():
+    tokens = Tokens.of(torch.full((2, 1), TokenKind.ANSWER), phase="decode")
+    scores = torch.tensor([[[3.0]], [[-3.0]]])
+    for intervention in (Random(), Shuffled(), Oracle(), Swapped(torch.tensor([1, 0]))):
+        rule = Threshold(routes=(TokenKind.ANSWER,))
+        decision = intervention(scores, scores.sigmoid(), Site(1, 4, "layer", "depth"), Sigmoid(), rule, tokens, 0.5)
+        assert decision.keep_BT().tolist() == [[True], [False]]

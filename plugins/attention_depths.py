@@ -37,7 +37,6 @@ class AttentionDepths(RoutingPlugin):
     capacity: CapacitySchedule = Constant(0.5)
 
     def apply(self, decoder: Decoder) -> None:
-        for site in decoder.sites(self.placement):
-            if self.capacity(site.depth) < 1:
-                gate = decoder.gate(site, ReceivedAttention("all"), Unweighted(), ExpertChoice(), self.capacity)
-                decoder.route_layer(site, gate, WholeBlock())
+        decoder.route_layers(
+            self.placement, ReceivedAttention("all"), Unweighted(), ExpertChoice(), self.capacity, WholeBlock()
+        )

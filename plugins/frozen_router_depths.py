@@ -64,7 +64,6 @@ class FrozenRouterDepths(RoutingPlugin):
     router: RouterSpec = LinearRouter()
 
     def apply(self, decoder: Decoder) -> None:
-        for site in decoder.sites(self.placement):
-            if self.capacity(site.depth) < 1:
-                gate = decoder.gate(site, Frozen(self.router), Unweighted(), ExpertChoice(), self.capacity)
-                decoder.route_layer(site, gate, WholeBlock())
+        decoder.route_layers(
+            self.placement, Frozen(self.router), Unweighted(), ExpertChoice(), self.capacity, WholeBlock()
+        )

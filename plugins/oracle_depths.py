@@ -12,10 +12,9 @@ from routing import (
     CapacitySchedule,
     Decoder,
     ExpertChoice,
+    FixedScores,
     Placement,
-    Router,
     RouterInputs,
-    RouterSpec,
     RoutingPlugin,
     ShiftedCosine,
     Unweighted,
@@ -25,8 +24,8 @@ from routing import (
 
 
 @dataclass(frozen=True)
-class Evidence(RouterSpec):
-    """Scores a token by whether it has to be looked at, as the data say.
+class Evidence(FixedScores):
+    """Scores a token by whether it has to be looked at, as the data say; where they do not say, all score 0.
 
     Args:
         sign: Score of the tokens that have to be looked at: 1 ranks them first, -1 last. Others score 0.
@@ -34,22 +33,11 @@ class Evidence(RouterSpec):
 
     sign: float = 1.0
 
-    def build(self, dim: int, experts: int) -> Router:
-        return EvidenceRouter(self.sign)
-
-
-class EvidenceRouter(Router):
-    """Has no parameters; where nobody knows, all tokens score 0."""
-
-    def __init__(self, sign: float) -> None:
-        super().__init__()
-        self.sign = sign
-
-    def forward(self, inputs: RouterInputs) -> Tensor:
+    def scores_BT(self, inputs: RouterInputs) -> Tensor:
         known_BT = inputs.tokens.evidence_BT
         if known_BT is None:
-            return inputs.x_BTD.new_zeros(*inputs.tokens.shape, 1, dtype=torch.float32)
-        return (self.sign * (known_BT == 1).to(torch.float32))[..., None]
+            return inputs.x_BTD.new_zeros(inputs.tokens.shape, dtype=torch.float32)
+        return self.sign * (known_BT == 1).to(torch.float32)
 
 
 @register
@@ -69,7 +57,7 @@ class OracleDepths(RoutingPlugin):
     capacity: CapacitySchedule = ShiftedCosine()
 
     def apply(self, decoder: Decoder) -> None:
-        _route(decoder, self.placement, self.capacity, Evidence(1.0))
+        decoder.route_layers(self.placement, Evidence(1.0), Unweighted(), ExpertChoice(), self.capacity, WholeBlock())
 
 
 @register
@@ -86,11 +74,4 @@ class AntiOracleDepths(RoutingPlugin):
     capacity: CapacitySchedule = ShiftedCosine()
 
     def apply(self, decoder: Decoder) -> None:
-        _route(decoder, self.placement, self.capacity, Evidence(-1.0))
-
-
-def _route(decoder: Decoder, placement: Placement, capacity: CapacitySchedule, evidence: Evidence) -> None:
-    for site in decoder.sites(placement):
-        if capacity(site.depth) < 1:
-            gate = decoder.gate(site, evidence, Unweighted(), ExpertChoice(), capacity)
-            decoder.route_layer(site, gate, WholeBlock())
+        decoder.route_layers(self.placement, Evidence(-1.0), Unweighted(), ExpertChoice(), self.capacity, WholeBlock())

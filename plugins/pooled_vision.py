@@ -15,9 +15,8 @@ from routing import (
     Constant,
     Decoder,
     ExpertChoice,
-    Router,
+    FixedScores,
     RouterInputs,
-    RouterSpec,
     RoutingPlugin,
     TokenKind,
     Tokens,
@@ -80,7 +79,7 @@ class Pooled(WholeBlock):
 
 
 @dataclass(frozen=True)
-class Corners(RouterSpec):
+class Corners(FixedScores):
     """Scores the first token of each square 1, all others 0.
 
     Args:
@@ -89,19 +88,8 @@ class Corners(RouterSpec):
 
     size: int = 2
 
-    def build(self, dim: int, experts: int) -> Router:
-        return CornerRouter(self.size)
-
-
-class CornerRouter(Router):
-    """Has no parameters."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size = size
-
-    def forward(self, inputs: RouterInputs) -> Tensor:
-        return firsts_BT(squares_BT(inputs.tokens, self.size)).to(torch.float32)[..., None]
+    def scores_BT(self, inputs: RouterInputs) -> Tensor:
+        return firsts_BT(squares_BT(inputs.tokens, self.size)).to(torch.float32)
 
 
 @register

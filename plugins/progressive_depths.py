@@ -86,7 +86,6 @@ class ProgressiveDepths(RoutingPlugin):
     def apply(self, decoder: Decoder) -> None:
         vision = (TokenKind.VISION,)
         selector = ExpertChoice(vision) if self.rank_on == "router" else PublishedTopK(vision, self.weighting)
-        for site in decoder.sites(self.placement):
-            if self.capacity(site.depth) < 1:
-                gate = decoder.gate(site, self.router, self.weighting, selector, self.capacity, self.sharing)
-                decoder.route_layer(site, gate, self.merge)
+        decoder.route_layers(
+            self.placement, self.router, self.weighting, selector, self.capacity, self.merge, self.sharing
+        )

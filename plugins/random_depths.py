@@ -11,10 +11,9 @@ from routing import (
     CapacitySchedule,
     Decoder,
     ExpertChoice,
+    FixedScores,
     Placement,
-    Router,
     RouterInputs,
-    RouterSpec,
     RoutingPlugin,
     ShiftedCosine,
     Unweighted,
@@ -25,7 +24,7 @@ from routing import (
 
 
 @dataclass(frozen=True)
-class Draw(RouterSpec):
+class Draw(FixedScores):
     """Scores are random numbers: another draw for each row, layer and step of the training; fixed at inference.
 
     Args:
@@ -34,19 +33,8 @@ class Draw(RouterSpec):
 
     seed: int = 0
 
-    def build(self, dim: int, experts: int) -> Router:
-        return DrawingRouter(self.seed)
-
-
-class DrawingRouter(Router):
-    """Has no parameters."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self.seed = seed
-
-    def forward(self, inputs: RouterInputs) -> Tensor:
-        return uniform_BT(inputs.tokens, inputs.site.layer, self.seed)[..., None]
+    def scores_BT(self, inputs: RouterInputs) -> Tensor:
+        return uniform_BT(inputs.tokens, inputs.site.layer, self.seed)
 
 
 @register
@@ -67,7 +55,4 @@ class RandomDepths(RoutingPlugin):
     seed: int = 0
 
     def apply(self, decoder: Decoder) -> None:
-        for site in decoder.sites(self.placement):
-            if self.capacity(site.depth) < 1:
-                gate = decoder.gate(site, Draw(self.seed), Unweighted(), ExpertChoice(), self.capacity)
-                decoder.route_layer(site, gate, WholeBlock())
+        decoder.route_layers(self.placement, Draw(self.seed), Unweighted(), ExpertChoice(), self.capacity, WholeBlock())

@@ -60,7 +60,4 @@ class StridedDepths(RoutingPlugin):
     capacity: CapacitySchedule = ShiftedCosine()
 
     def apply(self, decoder: Decoder) -> None:
-        for site in decoder.sites(self.placement):
-            if self.capacity(site.depth) < 1:
-                gate = decoder.gate(site, Unscored(), Unweighted(), Stride(), self.capacity)
-                decoder.route_layer(site, gate, WholeBlock())
+        decoder.route_layers(self.placement, Unscored(), Unweighted(), Stride(), self.capacity, WholeBlock())

@@ -14,7 +14,16 @@ from routing.loss import AuxLoss, LoadBalance, RouterCrossEntropy, ZLoss
 from routing.merge import FeedForwardBranch, Merge, ScaledPassing, WholeBlock
 from routing.placement import All, Between, Every, Layers, Placement
 from routing.plugin import RoutingPlugin, attach, discover, register, registered
-from routing.router import LinearRouter, MLPRouter, ModalityRouter, Router, RouterInputs, RouterSpec, Unscored
+from routing.router import (
+    FixedScores,
+    LinearRouter,
+    MLPRouter,
+    ModalityRouter,
+    Router,
+    RouterInputs,
+    RouterSpec,
+    Unscored,
+)
 from routing.select import (
     AllOrNothing,
     DepthSelector,
@@ -44,6 +53,7 @@ __all__ = [
     "ExpertChoice",
     "ExpertChoices",
     "FeedForwardBranch",
+    "FixedScores",
     "FollowingGate",
     "Gate",
     "Intervention",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from routing.decision import KeptTokens
-from routing.router import Router, RouterInputs, RouterSpec
+from routing.router import FixedScores, RouterInputs
 from routing.tape import RoutingTape
 from routing.tokens import TokenKind, Tokens
 
@@ -42,7 +42,7 @@ class Attend(Protocol):
 
 
 @dataclass(frozen=True)
-class ReceivedAttention(RouterSpec):
+class ReceivedAttention(FixedScores):
     """Scores tokens by the attention that they received in the layer before, averaged over heads; no parameters.
 
     Only the prompt asks, what stands before the first answer: in training, answers would tell what they were read from.
@@ -54,24 +54,17 @@ class ReceivedAttention(RouterSpec):
 
     queries: Queries = "last"
 
-    def build(self, dim: int, experts: int) -> Router:
-        return AttentionRouter(self.queries)
+    @property
+    def attends(self) -> Queries:  # type: ignore[override]
+        return self.queries
 
-
-class AttentionRouter(Router):
-    """Reads ``inputs.attention_BT``."""
-
-    def __init__(self, queries: Queries) -> None:
-        super().__init__()
-        self.attends = queries
-
-    def forward(self, inputs: RouterInputs) -> Tensor:
+    def scores_BT(self, inputs: RouterInputs) -> Tensor:
         if inputs.attention_BT is None:
             raise ValueError(
                 "No attention of the layer before was seen: a part of the prompt stands behind a cache, or the layer"
                 " ran by itself. Read the prompt in one prefill, or pass use_cache=False."
             )
-        return inputs.attention_BT[..., None]
+        return inputs.attention_BT
 
 
 @dataclass(frozen=True, eq=False)

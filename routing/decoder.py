@@ -94,6 +94,21 @@ class Decoder:
         else:
             self.wrap_layer(site, lambda layer, _: route_attended(layer, self.mlp(layer), gate, merge))
 
+    def route_layers(
+        self,
+        placement: Placement,
+        router: RouterSpec,
+        weighting: Weighting,
+        selector: Selector,
+        capacity: CapacitySchedule,
+        merge: Merge,
+        sharing: Sharing = "separate",
+    ) -> None:
+        """Claims the layers of a placement, each deciding for itself; capacity 1 leaves a layer dense."""
+        for site in self.sites(placement):
+            if capacity(site.depth) < 1:
+                self.route_layer(site, self.gate(site, router, weighting, selector, capacity, sharing), merge)
+
     @property
     def attention_in_force(self) -> Callable[[], str]:
         """Tells the name of the decoder's attention implementation, which may change after routing."""

@@ -126,23 +126,39 @@ class MLPRouter(RouterSpec):
         return Float32Router(nn.Sequential(first, nn.GELU(), _linear(self.hidden, experts, bias=True, std=self.std)))
 
 
-class ZeroRouter(Router):
-    """Zero for every token and expert."""
+class FixedScores(RouterSpec):
+    """Scores that nothing is learned for; subclasses are frozen dataclasses that say what a token scores.
 
-    def __init__(self, experts: int) -> None:
+    ``attends`` is their router's: whose attention in the layer before they need.
+    """
+
+    attends: Literal["last", "all"] | None = None
+
+    @abstractmethod
+    def scores_BT(self, inputs: RouterInputs) -> Tensor:
+        """The score of each token, the same for all experts; float32 (B, T)."""
+
+    def build(self, dim: int, experts: int) -> Router:
+        return FixedRouter(self, experts)
+
+
+class FixedRouter(Router):
+    """Has no parameters."""
+
+    def __init__(self, scores: FixedScores, experts: int) -> None:
         super().__init__()
-        self.experts = experts
+        self.scores, self.experts, self.attends = scores, experts, scores.attends
 
     def forward(self, inputs: RouterInputs) -> Tensor:
-        return inputs.x_BTD.new_zeros(*inputs.tokens.shape, self.experts, dtype=torch.float32)
+        return self.scores.scores_BT(inputs)[..., None].expand(-1, -1, self.experts)
 
 
 @dataclass(frozen=True)
-class Unscored(RouterSpec):
+class Unscored(FixedScores):
     """No router: every token scores 0, so that a rule takes them in the fixed order of ties."""
 
-    def build(self, dim: int, experts: int) -> Router:
-        return ZeroRouter(experts)
+    def scores_BT(self, inputs: RouterInputs) -> Tensor:
+        return inputs.x_BTD.new_zeros(inputs.tokens.shape, dtype=torch.float32)
 
 
 class TwoHeads(Router):

@@ -60,7 +60,8 @@ def header(study: Study, runs: Sequence[Run], done: Sequence[Run], answers: Answ
     yield f"- Hardware: {devices}; CPU threads of a run: {threads}; {versions}."
     yield f"- Seeds: {', '.join(map(str, study.seeds))}; paired: the same data, and the same parent where there is one."
     questions = answers.questions
-    yield f"- Test questions: {len(questions.table):,} about {questions.scenes:,} scenes."
+    about = f"{questions.scenes:,} scenes (a text without a picture is one)"
+    yield f"- Test questions: {len(questions.table):,} about {about}."
     if missing := [run.name for run in runs if run not in done]:
         shown = ", ".join(missing[:5]) + ", …" * (len(missing) > 5)
         yield f"- **{len(missing)} of {len(runs)} runs are missing**: {shown}."
@@ -99,13 +100,13 @@ def reading(study: Study) -> Iterator[str]:
     """How the table is read."""
     control, points = study.endpoint.contrast[1], f"{100 * study.margin:g} point" + "s" * (study.margin != 0.01)
     beside = "" if control == study.reference else f"`{control}` at its level and "
+    timed = "times were measured alone on the device, in turns with it" if study.rounds else "nothing was timed"
     yield (
         f"Exact match ({study.endpoint.metric}) with 95 % intervals over seeds and over what questions share. Each arm"
         f" is compared with {beside}`{study.reference}`; p-values are adjusted for all lines of the table (Holm)."
         f" Verdict against `{study.reference}`: *within margin* where the difference is shown to be less than {points}"
         " (two one-sided tests), *lower* or *higher* where it is shown not to be 0 (both adjusted), else *open*. FLOPs"
-        " and key-value bytes are those of a prefill; times were measured alone on the device, in turns with"
-        f" `{study.reference}`; all are multiples of its own."
+        f" and key-value bytes are those of a prefill, {timed}; all are multiples of `{study.reference}`'s own."
     )
 
 

@@ -150,7 +150,7 @@ def test_one_seed_gives_scores_without_intervals(tmp_path):
 def test_the_report_shows_every_arm_every_baseline_and_every_command(study, runs):
     page = write_report(study, runs, "python -m lit study x.yaml").read_text()
     folder = study.folder
-    assert "Made by `python -m lit study x.yaml`." in page and "Test questions: 360 about 120 scenes." in page
+    assert "Made by `python -m lit study x.yaml`." in page and "Test questions: 360 about 120 scenes (" in page
     assert "NVIDIA H200" in page and "torch 2.13.0" in page
     for name in ("majority", "blank image", "another scene's image", "chance"):
         assert page.count(f"| *{name}* |") == 2  # all arms, and by kind

@@ -6,9 +6,11 @@ import argparse
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
+from multiprocessing import get_context
 from pathlib import Path
 
 from jsonargparse import ArgumentError
@@ -16,7 +18,7 @@ from jsonargparse import ArgumentError
 from study.grid import Run, runs_of
 from study.processes import first_to_end, none_left_behind, preload, start, threads
 from study.report import write_report
-from study.run import Lit, enter
+from study.run import Lit, end_with_starter, enter
 from study.runner import alone, complaint, devices_of, run_all, unfinished
 from study.spec import PLOTS, Explain, Study, read
 from study.timing import Stopwatch, time_all
@@ -57,7 +59,7 @@ def run(args: Sequence[str], workshop: Workshop) -> int:
         study = replace(study, jobs=given.jobs)
     runs = runs_of(study, given.file.parent)
     if given.plan:
-        check(runs, workshop)
+        check(runs, workshop, study.jobs)
         print(plan(runs))
         return 0
     failed = False
@@ -90,8 +92,7 @@ def do(study: Study, runs: Sequence[Run], workshop: Workshop) -> bool:
     folder = Path(study.folder)
     with alone(folder):
         if left := unfinished(runs):
-            preload(workshop.modules, study.jobs)
-            check(left, workshop)
+            check(left, workshop, study.jobs)
             prepare(left, folder, workshop)
         devices = devices_of(workshop.gpus())
         failed = run_all(runs, study.jobs, devices, workshop.lit)
@@ -110,24 +111,34 @@ def firsts(runs: Sequence[Run]) -> list[Run]:
     return list({run.cell: run for run in reversed(runs)}.values())[::-1]
 
 
-def check(runs: Sequence[Run], workshop: Workshop) -> None:
+def check(runs: Sequence[Run], workshop: Workshop, jobs: int) -> None:
     """Makes the model and data of every arm and level, and lets the command line read what else is in their configs.
+
+    Args:
+        runs: What is checked; of each arm and level the first.
+        workshop: What reads configs.
+        jobs: How many processes share the work.
 
     Raises:
         ValueError: something is refused.
     """
-    read_before: set[str] = set()
-    with tempfile.TemporaryDirectory() as folder:
-        for run in firsts(runs):
-            elsewhere = replace(run, folder=Path(folder))
+    preload(workshop.modules, jobs)
+    pool = ProcessPoolExecutor(jobs, get_context("forkserver"), initializer=end_with_starter)
+    with tempfile.TemporaryDirectory() as folder, pool:
+        read_before: set[str] = set()
+        answers: dict[str, Future[str]] = {}
+        for number, run in enumerate(firsts(runs)):
+            elsewhere = replace(run, folder=Path(folder) / str(number))
             elsewhere.write_config()
             # The command line takes half a second for a config.
             rest = str({key: values for key, values in run.config.items() if key not in ("model", "seed_everything")})
             rest = rest.replace(str(run.folder), "")
-            said = refused(elsewhere.config_file, workshop, all_of_it=rest not in read_before)
+            answers[run.cell] = pool.submit(refused, elsewhere.config_file, workshop, all_of_it=rest not in read_before)
             read_before.add(rest)
-            if said:
-                raise ValueError(f"{run.cell}: {said}")
+        for cell, answer in answers.items():
+            if said := answer.result():
+                pool.shutdown(cancel_futures=True)
+                raise ValueError(f"{cell}: {said}")
 
 
 def refused(config: Path, workshop: Workshop, all_of_it: bool) -> str:

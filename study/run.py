@@ -32,7 +32,7 @@ def enter(log: Path, device: str | None) -> None:
         device: The GPU that it sees, as CUDA_VISIBLE_DEVICES has it; None leaves it what there is.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of the terminal; the study ends them
-    threading.Thread(target=end_with_study, daemon=True).start()
+    end_with_starter()
     log.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (sys.stdout, sys.stderr):
@@ -44,11 +44,15 @@ def enter(log: Path, device: str | None) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-def end_with_study() -> None:
+def end_with_starter() -> None:
     """A study that was killed leaves no process that goes on writing into its folder."""
-    if (study := parent_process()) is not None:
-        study.join()
-        os._exit(1)
+
+    def wait() -> None:
+        if (study := parent_process()) is not None:
+            study.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def execute(run: Run, lit: Lit, device: str | None) -> None:

@@ -122,8 +122,8 @@ def test_a_study_of_the_repository_can_be_planned(capsys, monkeypatch):
 @pytest.mark.parametrize("file", STUDIES, ids=lambda path: path.stem)
 def test_every_arm_of_the_repositorys_studies_can_be_made(file, monkeypatch):
     monkeypatch.chdir(ROOT)
-    workshop = Workshop(lit.main, lit.load, lit.prepare, lit.stopwatch, lit.gpus, explain, ())
-    check(list({run.arm: run for run in runs_of(read(file, explain), file.parent)}.values()), workshop)
+    workshop = Workshop(lit.main, lit.load, lit.prepare, lit.stopwatch, lit.gpus, explain, lit.SHARED)
+    check(list({run.arm: run for run in runs_of(read(file, explain), file.parent)}.values()), workshop, jobs=1)
 
 
 @pytest.mark.slow

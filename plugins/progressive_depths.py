@@ -50,7 +50,7 @@ class PublishedTopK(ExpertChoice):
     ) -> Tensor:
         filler = self.weighting(torch.full_like(scores_BT, -torch.inf)).to(weights_BT.dtype)
         ranked_BT = torch.where(candidate_BT, weights_BT, filler)
-        count = max(self.most(n, capacity) for n in tokens.count(self.routes))
+        count = max(self.most(n, capacity) for n in set(tokens.count(self.routes)))
         best_BK = ranked_BT.topk(count, dim=1).indices
         taken_BK = torch.arange(count, device=best_BK.device) < count_of(candidate_BT, capacity)[:, None]
         return torch.zeros_like(candidate_BT).scatter(1, best_BK, taken_BK) & candidate_BT

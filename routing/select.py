@@ -114,10 +114,12 @@ class DepthSelector(Selector, ABC):
 
     def kept(self, tokens: Tokens, capacity: float) -> tuple[int, ...] | None:
         always = [kind for kind in TokenKind if kind is not TokenKind.PAD and kind not in self.routes]
-        chosen = [self.most(candidates, capacity) for candidates in tokens.count(self.routes)]
-        if None in chosen:
+        candidates_B = tokens.count(self.routes)
+        chosen = {candidates: self.most(candidates, capacity) for candidates in set(candidates_B)}
+        known = {candidates: n for candidates, n in chosen.items() if n is not None}
+        if len(known) < len(chosen):
             return None
-        return tuple(n + dense for n, dense in zip(chosen, tokens.count(always), strict=True) if n is not None)
+        return tuple(known[n] + dense for n, dense in zip(candidates_B, tokens.count(always), strict=True))
 
 
 @dataclass(frozen=True)

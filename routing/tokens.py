@@ -130,6 +130,10 @@ class Tokens:
     def _masks(self) -> dict[tuple[TokenKind, ...], Tensor]:
         return {}  # every layer of a forward asks for the same ones
 
+    @cached_property
+    def _counts(self) -> dict[tuple[TokenKind, ...], tuple[int, ...]]:
+        return {}  # rows are counted in Python: 500 of them, layer by layer, took longer than the layers
+
     def mask(self, kinds: Iterable[TokenKind]) -> Tensor:
         """True where the token is of one of ``kinds``; bool (B, T)."""
         key = tuple(kinds)
@@ -147,8 +151,10 @@ class Tokens:
 
     def count(self, kinds: Iterable[TokenKind]) -> tuple[int, ...]:
         """How many tokens of ``kinds`` each row has; known on the host."""
-        kinds = tuple(kinds)
-        return tuple(sum(row[kind] for kind in kinds) for row in self.counts_B)
+        key = tuple(kinds)
+        if key not in self._counts:
+            self._counts[key] = tuple(sum(row[kind] for kind in key) for row in self.counts_B)
+        return self._counts[key]
 
     def repeated(self, times: int) -> Tokens:
         """Every row ``times`` times, copies side by side, as ``generate`` lays out beams."""

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
+from routing import RoutedLayer
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -51,5 +53,7 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
             " {data_parallel_size: <number of processes>, tensor_parallel_size: 1}}`."
         )
     for layer in model.get_decoder().layers:
+        if isinstance(layer, RoutedLayer) and layer.gate.norm is not None:
+            fully_shard(layer.gate.norm, mesh=mesh["data_parallel"])  # asked before its layer is gathered
         fully_shard(layer, mesh=mesh["data_parallel"])
     fully_shard(model, mesh=mesh["data_parallel"])

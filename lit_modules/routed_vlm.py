@@ -190,8 +190,9 @@ class RoutedVLM(LightningModule):
         for name, plugin in self.plugins.items():
             records = [record for record in step.records if record.site.by == name]
             for loss in plugin.losses if plugin.enabled and records else ():
-                mean = torch.stack([loss(record) for record in records]).mean()
-                losses[f"{name}_{type(loss).__name__}"] = loss.weight * mean
+                each = torch.stack([loss(record) for record in records])
+                total = each.sum() if loss.layers == "sum" else each.mean()
+                losses[f"{name}_{type(loss).__name__}"] = loss.weight * total
         return losses
 
     # Evaluation

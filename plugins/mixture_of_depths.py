@@ -12,6 +12,7 @@ from routing import (
     Every,
     ExpertChoice,
     LinearRouter,
+    Modalities,
     Placement,
     RouterSpec,
     RoutingPlugin,
@@ -37,8 +38,9 @@ class MixtureOfDepths(RoutingPlugin):
     Args:
         placement: Routed layers.
         capacity: Share of the routed tokens that a layer takes, by depth and training progress (``WarmUp``).
-        router: How tokens are scored; ``ModalityRouter`` scores vision and text apart.
+        router: How tokens are scored.
         sharing: One router for each layer, or one for all of them.
+        modalities: One router for vision and text, or one for each.
         weighting: From scores to the multiplier w, (0, 1) by default.
         selector: Who is taken.
     """
@@ -47,10 +49,11 @@ class MixtureOfDepths(RoutingPlugin):
     capacity: CapacitySchedule = Constant(0.5)
     router: RouterSpec = LinearRouter()
     sharing: Sharing = "separate"
+    modalities: Modalities = "shared"
     weighting: Weighting = Sigmoid()
     selector: DepthSelector | SelectBy = ExpertChoice()
 
     def apply(self, decoder: Decoder) -> None:
+        rules = self.router, self.weighting, self.selector, self.capacity
         for site in decoder.sites(self.placement):
-            gate = decoder.gate(site, self.router, self.weighting, self.selector, self.capacity, self.sharing)
-            decoder.route_layer(site, gate, WholeBlock())
+            decoder.route_layer(site, decoder.gate(site, *rules, self.sharing, self.modalities), WholeBlock())

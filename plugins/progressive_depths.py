@@ -15,6 +15,7 @@ from routing import (
     ExpertChoice,
     LinearRouter,
     Merge,
+    Modalities,
     Placement,
     RouterSpec,
     RoutingPlugin,
@@ -63,13 +64,15 @@ class ProgressiveDepths(RoutingPlugin):
 
     A kept token becomes x + attention + s * feed-forward, a skipped one s * x, with s = 1 + scale * tanh(score)
     (TanhNorm, eq. 4; symmetric over kept and skipped tokens: STRing). Layers whose share the schedule puts at 1 stay
-    dense (PRD, eq. 5). Text is never routed, and attends only to the vision tokens kept in that layer.
+    dense (PRD, eq. 5). Text is not routed unless ``routes`` says so, and attends only to the tokens kept in that layer.
 
     Args:
         placement: Layers that may be routed.
         capacity: Share of the vision tokens that each layer keeps, by depth; routed are the layers below 1.
         router: How vision tokens are scored; zero scores at the start make every weight exactly 1.
         sharing: One router for each layer, or one for all of them.
+        modalities: One router for vision and text, or one for each, where ``routes`` has text too.
+        routes: Kinds of tokens that are routed, in one pool; the published models route vision alone.
         weighting: From scores to multipliers; ``Unbounded`` is the paper's ablation without TanhNorm.
         merge: What they multiply; ``FeedForwardBranch`` is the paper's one-sided ablation of STRing.
         rank_on: Rank by the router's float32 scores, or by the weights in the model's dtype as published.
@@ -79,13 +82,13 @@ class ProgressiveDepths(RoutingPlugin):
     capacity: CapacitySchedule = ShiftedCosine()
     router: RouterSpec = LinearRouter(std=0.0)
     sharing: Sharing = "separate"
+    modalities: Modalities = "shared"
+    routes: tuple[TokenKind, ...] = (TokenKind.VISION,)
     weighting: Weighting = TanhNorm()
     merge: Merge = ScaledPassing()
     rank_on: Literal["router", "weight"] = "router"
 
     def apply(self, decoder: Decoder) -> None:
-        vision = (TokenKind.VISION,)
-        selector = ExpertChoice(vision) if self.rank_on == "router" else PublishedTopK(vision, self.weighting)
-        decoder.route_layers(
-            self.placement, self.router, self.weighting, selector, self.capacity, self.merge, self.sharing
-        )
+        selector = ExpertChoice(self.routes) if self.rank_on == "router" else PublishedTopK(self.routes, self.weighting)
+        rules = self.router, self.weighting, selector, self.capacity
+        decoder.route_layers(self.placement, *rules, self.merge, self.sharing, self.modalities)

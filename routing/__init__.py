@@ -6,12 +6,12 @@ from routing.cache import RoutedKV
 from routing.capacity import CapacitySchedule, Constant, Linear, Nothing, PerLayer, ShiftedCosine, WarmUp
 from routing.chance import uniform_BT
 from routing.decision import Decision, ExpertChoices, KeptTokens, TokenChoices
-from routing.decoder import Decoder, Sharing
+from routing.decoder import Decoder, Modalities, Positions, Sharing
 from routing.gate import FollowingGate, Gate
 from routing.intervene import Intervention
 from routing.layer import RoutedLayer, route_layer
 from routing.loss import AuxLoss, LoadBalance, RouterCrossEntropy, ZLoss
-from routing.merge import FeedForwardBranch, Merge, ScaledPassing, WholeBlock
+from routing.merge import BothBranches, FeedForwardBranch, Merge, ScaledPassing, WholeBlock
 from routing.placement import All, Between, Every, Layers, Placement
 from routing.plugin import RoutingPlugin, attach, discover, register, registered
 from routing.router import (
@@ -22,17 +22,20 @@ from routing.router import (
     Router,
     RouterInputs,
     RouterSpec,
+    TwoHeads,
     Unscored,
 )
 from routing.select import (
     AllOrNothing,
     DepthSelector,
     ExpertChoice,
+    MaskedThreshold,
     SelectBy,
     Selector,
     Threshold,
     TokenChoice,
     count_of,
+    top_mask,
 )
 from routing.tape import RoutingRecord, RoutingTape, Site
 from routing.tokens import TokenKind, Tokens
@@ -44,6 +47,7 @@ __all__ = [
     "AttendedLayer",
     "AuxLoss",
     "Between",
+    "BothBranches",
     "CapacitySchedule",
     "Constant",
     "Decision",
@@ -63,11 +67,14 @@ __all__ = [
     "LinearRouter",
     "LoadBalance",
     "MLPRouter",
+    "MaskedThreshold",
     "Merge",
+    "Modalities",
     "ModalityRouter",
     "Nothing",
     "PerLayer",
     "Placement",
+    "Positions",
     "ReceivedAttention",
     "RoutedKV",
     "RoutedLayer",
@@ -92,6 +99,7 @@ __all__ = [
     "TokenChoices",
     "TokenKind",
     "Tokens",
+    "TwoHeads",
     "Unbounded",
     "Unscored",
     "Unweighted",
@@ -105,5 +113,6 @@ __all__ = [
     "register",
     "registered",
     "route_layer",
+    "top_mask",
     "uniform_BT",
 ]

@@ -66,6 +66,12 @@ class RoutedKV(DynamicLayer):  # type: ignore[no-untyped-call]
         new_BKK = order_BKK & valid_BS[:, None, held:] | own_KK
         return torch.cat([past_BKS, new_BKK.expand(len(past_BKS), -1, -1)], dim=2)[:, None]
 
+    def filled_B(self) -> Tensor | int:
+        """How many tokens each row holds, (B,); one number where there is no hole."""
+        if self.valid_BS is not None:
+            return self.valid_BS.sum(1)
+        return 0 if self.keys is None else self.keys.shape[-2]
+
     def get_seq_length(self) -> int:
         return self.seen
 

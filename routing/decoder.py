@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel
 
 from routing.attended import AttendedLayer, route_attended
 from routing.attention import Observer, Queries, observe
 from routing.capacity import CapacitySchedule
 from routing.gate import FollowingGate, Gate
-from routing.layer import RoutedLayer, continues_densely, route_layer
+from routing.layer import RoutedLayer, route_layer
 from routing.merge import Merge
 from routing.placement import Placement
-from routing.router import Router, RouterSpec
-from routing.select import Selector
+from routing.positions import CompactPositions
+from routing.router import ModalityRouter, Router, RouterSpec
+from routing.select import Selector, check_both_routed, check_forecast
 from routing.tape import Part, RoutingTape, Site
-from routing.tokens import NOWHERE, Phase, TokenKind, Tokens
 from routing.weighting import Weighting
 
 Sharing = Literal["separate", "shared"]
+Modalities = Literal["shared", "separate"]
+Positions = Literal["original", "compact"]
 Gives = Literal["nothing", "keys_and_values"]
 Wrap = Callable[[nn.Module, Site], nn.Module]
 
 MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe")
 ATTENTION_NAMES = ("self_attn", "attention")
+NORM_NAMES = ("input_layernorm", "attention_norm", "ln_1")
 ORDER: tuple[Part, ...] = ("attention", "mlp", "layer")  # inner parts first: a routed layer may hook what they became
 
 
@@ -82,17 +86,43 @@ class Decoder:
         """The places that a placement names, first layer first."""
         return tuple(Site(layer, len(self), part, self._by) for layer in placement(len(self)))
 
-    def route_layer(self, site: Site, gate: Gate, merge: Merge, passed_give: Gives = "nothing") -> None:
+    def route_layer(
+        self, site: Site, gate: Gate, merge: Merge, passed_give: Gives = "nothing", positions: Positions = "original"
+    ) -> None:
         """Claims a whole layer for depth routing: tokens that ``gate`` keeps go through it, the others pass it by.
 
-        What those still give to the layer is nothing, or the keys and values that kept tokens attend to.
+        What those still give to the layer is nothing, or the keys and values that kept tokens attend to. Kept tokens
+        stand where they stand in the sequence, or are numbered anew (``compact``).
         """
-        if passed_give == "nothing":
-            self.wrap_layer(
-                site, lambda layer, _: route_layer(layer, self.mlp(layer), gate, merge, self.attention_in_force)
+        numbering = None if positions == "original" else CompactPositions(self._rotary(site))
+        if numbering is not None and passed_give == "keys_and_values":
+            raise ValueError(
+                f"Plugin {site.by!r}: passed tokens that give keys and values keep their positions.\nAllowed with"
+                " positions: compact: passed_give 'nothing'.\nGive positions: original."
             )
-        else:
-            self.wrap_layer(site, lambda layer, _: route_attended(layer, self.mlp(layer), gate, merge))
+
+        def wrap(layer: nn.Module, _: Site) -> nn.Module:
+            if passed_give == "keys_and_values":
+                return route_attended(layer, self.mlp(layer), gate, merge)
+            attending: nn.Module = getattr(layer, _name(layer, ATTENTION_NAMES))
+            force = self.attention_in_force
+            return route_layer(layer, self.mlp(layer), gate, merge, force, attending=attending, positions=numbering)
+
+        self.wrap_layer(site, wrap)
+
+    def _rotary(self, site: Site) -> nn.Module:
+        """The module that turns positions into angles, where it knows one position a token."""
+        rotary = getattr(self.model.get_decoder(), "rotary_emb", None)  # type: ignore[no-untyped-call]
+        asks = inspect.signature(rotary.forward).parameters if isinstance(rotary, nn.Module) else {}
+        config = self.model.config.get_text_config()
+        said = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        if not isinstance(rotary, nn.Module) or list(asks) != ["x", "position_ids"] or "mrope_section" in said:
+            raise ValueError(
+                f"Plugin {site.by!r} numbers kept tokens anew (positions: compact), and {type(self.model).__name__} has"
+                " no rotary embedding of one position a token (M-RoPE counts three).\nAllowed: positions original here;"
+                " compact with decoders like LLaMA's and Qwen2's.\nGive positions: original."
+            )
+        return rotary
 
     def route_layers(
         self,
@@ -103,11 +133,14 @@ class Decoder:
         capacity: CapacitySchedule,
         merge: Merge,
         sharing: Sharing = "separate",
+        modalities: Modalities = "shared",
+        positions: Positions = "original",
     ) -> None:
         """Claims the layers of a placement, each deciding for itself; capacity 1 leaves a layer dense."""
         for site in self.sites(placement):
             if capacity(site.depth) < 1:
-                self.route_layer(site, self.gate(site, router, weighting, selector, capacity, sharing), merge)
+                gate = self.gate(site, router, weighting, selector, capacity, sharing, modalities)
+                self.route_layer(site, gate, merge, positions=positions)
 
     @property
     def attention_in_force(self) -> Callable[[], str]:
@@ -123,12 +156,22 @@ class Decoder:
         selector: Selector,
         capacity: CapacitySchedule,
         sharing: Sharing = "separate",
+        modalities: Modalities = "shared",
     ) -> Gate:
-        """The decision at a site, with a router of its own or one that all sites of this plugin share."""
+        """The decision at a site, with a router of its own or one that all sites of this plugin share.
+
+        ``modalities``: one router for vision and text, or one for each.
+        """
+        if modalities == "separate":
+            check_both_routed(site.by, selector)
+            router = ModalityRouter(router, router)
         built = self.router(router, site, sharing)
+        check_forecast(site.by, selector, built)
         if built.attends:
             self._observe(site, built.attends)
-        return Gate(site, built, weighting, selector, capacity, self.tape)
+        layer = self.layers[site.layer]
+        norm: nn.Module | None = getattr(layer, _name(layer, NORM_NAMES)) if built.normed else None
+        return Gate(site, built, weighting, selector, capacity, self.tape, norm=norm)
 
     def follow(self, site: Site, leader: Gate) -> Gate:
         """The decision of an earlier site, repeated at this one: what was dropped stays dropped."""
@@ -228,67 +271,3 @@ def _name(layer: nn.Module, names: tuple[str, ...]) -> str:
         if isinstance(getattr(layer, name, None), nn.Module):
             return name
     raise ValueError(f"{type(layer).__name__} has none of {', '.join(names)}: its parts cannot be routed by name.")
-
-
-ONE_ANSWER = tuple(int(kind is TokenKind.ANSWER) for kind in TokenKind)
-
-
-class TokenObserver:
-    """Opens the tape before each forward of the model, and closes it after.
-
-    Facts come from ``tape.announced`` where somebody announced them, else from the input ids.
-    """
-
-    def __init__(self, tape: RoutingTape, layers: Iterable[nn.Module]) -> None:
-        self.tape = tape
-        self.routed = [layer for layer in layers if isinstance(layer, RoutedLayer)]
-
-    def before(self, model: PreTrainedModel, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> None:
-        ids_BT = kwargs.get("input_ids", args[0] if args else None)
-        mask_BT, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        if not isinstance(ids_BT, Tensor):
-            raise ValueError("A routed model finds its vision tokens in input_ids; pass those, not inputs_embeds.")
-        filled, dense = isinstance(cache, Cache) and cache.get_seq_length() > 0, False
-        if filled and ids_BT.shape[1] == 1:
-            tokens = generated(ids_BT)
-            assert isinstance(cache, Cache)
-            dense = continues_densely(self.routed, tokens, cache)
-        elif self.tape.announced is not None and not filled:
-            tokens = lengthened(self.tape.announced, ids_BT)
-        else:
-            two_dimensional = isinstance(mask_BT, Tensor) and mask_BT.ndim == 2
-            mask = mask_BT[:, -ids_BT.shape[1] :] if two_dimensional else None  # type: ignore[index]
-            tokens = observed(ids_BT, mask, model.config.image_token_id)
-        phase: Phase = "train" if model.training else "decode" if filled else "prefill"
-        self.tape.begin(tokens.during(phase, self.tape.progress if model.training else 1.0), dense=dense)
-
-    def after(self, model: PreTrainedModel, args: object, output: object) -> None:
-        self.tape.end()
-
-
-def observed(ids_BT: Tensor, mask_BT: Tensor | None, image_token: int) -> Tokens:
-    """Facts from the ids alone: image tokens are VISION, other real tokens QUESTION. One host sync."""
-    kind_BT = torch.where(ids_BT == image_token, TokenKind.VISION, TokenKind.QUESTION)
-    if mask_BT is not None:
-        kind_BT = kind_BT.masked_fill(mask_BT == 0, TokenKind.PAD)
-    return Tokens.of(kind_BT)
-
-
-def generated(ids_BT: Tensor) -> Tokens:
-    """Facts of single tokens that follow a cache: ANSWER, without looking at them, so without a host sync."""
-    kind_BT = torch.full_like(ids_BT, TokenKind.ANSWER, dtype=torch.int8)
-    nowhere = torch.full_like(ids_BT, NOWHERE, dtype=torch.int16)
-    return Tokens(kind_BT, nowhere, nowhere, nowhere, nowhere, (ONE_ANSWER,) * len(ids_BT), "decode")
-
-
-def lengthened(tokens: Tokens, ids_BT: Tensor) -> Tokens:
-    """Announced facts of a prompt, with the tokens generated since as ANSWER."""
-    (rows, length), (announced_rows, announced) = ids_BT.shape, tokens.shape
-    if rows % announced_rows == 0 and rows > announced_rows:  # beams, or several answers
-        tokens, announced_rows = tokens.repeated(rows // announced_rows), rows
-    if rows != announced_rows or length < announced:
-        raise ValueError(
-            f"The announced tokens have shape {(announced_rows, announced)}, the forward's input_ids {(rows, length)}:"
-            f" announce the facts of this very batch, or none."
-        )
-    return tokens.extended(length - announced)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from routing.capacity import CapacitySchedule
 from routing.decision import Decision
@@ -20,6 +20,7 @@ class Gate:
     """A router, a weighting, a selector and a capacity at one site; the only writer of the tape.
 
     No ``nn.Module``: the router is a reference, registered once on the model's root, so that layers can share it.
+    ``norm`` is the layer's own input norm, for a router that reads it.
     """
 
     site: Site
@@ -28,24 +29,36 @@ class Gate:
     selector: Selector
     capacity: CapacitySchedule
     tape: RoutingTape
+    norm: nn.Module | None = field(default=None, kw_only=True)
 
     def __call__(self, x_BTD: Tensor) -> Decision:
         """Decides for the hidden states that enter the site, (batch, tokens, width)."""
         tokens, tape = self.known(), self.tape
         attention_BT = tape.attention.get(self.site.layer - 1) if self.router.attends else None
-        scores_BTE = self.router(RouterInputs(x_BTD, tokens, tape.earlier, self.site, attention_BT))
+        read_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
+        inputs = RouterInputs(read_BTD, tokens, tape.earlier, self.site, attention_BT)
+        scores_BTE = self.router(inputs)
+        forecast_BTE = self.router.forecast(inputs, scores_BTE) if self.router.forecasts else None
         # One rounding, to the dtype the weight multiplies in: what is ranked by weight is ranked as it is used.
         weights_BTE = self.weighting(scores_BTE).to(x_BTD.dtype)
         share = self.share(tokens.progress)
         if tape.intervention is None:
-            decision = self.selector(scores_BTE, weights_BTE, tokens, share)
+            ranked_BTE = scores_BTE
+            if self.selector.rule(tokens.phase).reads == "forecast":
+                assert forecast_BTE is not None
+                ranked_BTE = forecast_BTE
+            decision = self.selector(ranked_BTE, weights_BTE, tokens, share)
         else:
             decision = tape.intervention(
                 scores_BTE, weights_BTE, self.site, self.weighting, self.selector, tokens, share
             )
         asked = None if self.kept(tokens) is None else share
         candidate_BT = self.selector.candidate_BT(tokens)
-        tape.write(RoutingRecord(self.site, scores_BTE, decision, asked, tokens, candidate_BT))
+        tape.write(
+            RoutingRecord(
+                self.site, scores_BTE, decision, asked, tokens, candidate_BT, weights_BTE, forecast_BTE, self.selector
+            )
+        )
         return decision
 
     def known(self) -> Tokens:

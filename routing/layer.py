@@ -17,6 +17,7 @@ from routing.decision import KeptTokens
 from routing.gate import Gate
 from routing.gather import like_model, take, take_mask
 from routing.merge import Merge
+from routing.positions import CompactPositions
 from routing.tokens import Tokens
 
 
@@ -31,6 +32,7 @@ class RoutedLayer(nn.Module):
     merge: Merge
     branch: BranchWeight | None
     attention: Callable[[], str]
+    positions: CompactPositions | None
 
     def __call__(self, hidden_states: Tensor, *, attention_mask: Tensor | None = None, **kwargs: object) -> Tensor:
         gate = self.gate
@@ -43,6 +45,7 @@ class RoutedLayer(nn.Module):
             # The model's mask is about keys that this layer may not hold.
             if not gate.idle(tokens):
                 return self._continue(hidden_states, tokens, held, kwargs)
+            self._place(hidden_states, None, held, kwargs)
             mask = held.admit(None, hidden_states.shape[1], holes=False)
             mask = None if mask is None else like_model(mask, self.attention(), hidden_states.dtype)
             whole = super().__call__(hidden_states, None, None, None, attention_mask=mask, **kwargs)
@@ -52,6 +55,7 @@ class RoutedLayer(nn.Module):
         decision = self._decide(hidden_states)
         if self._nobody(tokens):
             return self._passing(hidden_states, decision, held)
+        self._place(hidden_states, decision, held, kwargs)
         if held is not None:
             held.admit(decision, hidden_states.shape[1], holes=tokens is None or gate.ragged(tokens))
         mask = take_mask(attention_mask, decision.index_BK, decision.valid_BK)
@@ -62,7 +66,8 @@ class RoutedLayer(nn.Module):
     def continues_densely(self, tokens: Tokens, cache: Cache) -> bool:
         """Whether a single token after this cache enters unasked, and attends to all that it finds here."""
         held = cache.layers[self.gate.site.layer]
-        return isinstance(held, RoutedKV) and held.valid_BS is None and self.gate.idle(tokens)
+        whole = isinstance(held, RoutedKV) and held.valid_BS is None
+        return whole and self.positions is None and self.gate.idle(tokens)
 
     def _decide(self, hidden_states: Tensor) -> KeptTokens:
         decision = self.gate(hidden_states)
@@ -71,6 +76,13 @@ class RoutedLayer(nn.Module):
         torch._dynamo.maybe_mark_dynamic(decision.index_BK, 1)
         torch._dynamo.maybe_mark_dynamic(decision.valid_BK, 1)
         return decision
+
+    def _place(
+        self, x_BTD: Tensor, entering: KeptTokens | None, held: RoutedKV | None, kwargs: dict[str, object]
+    ) -> None:
+        """Gives the tokens that enter positions of this layer's own; to be called before the cache takes note."""
+        if self.positions is not None:
+            kwargs["position_embeddings"] = self.positions(x_BTD, entering, held)
 
     def _nobody(self, tokens: Tokens | None) -> bool:
         """Whether no token enters, so that there is nothing to compute; in training parameters must be touched."""
@@ -96,6 +108,7 @@ class RoutedLayer(nn.Module):
         decision = self._decide(x_BTD)
         if self._nobody(tokens):
             return self._passing(x_BTD, decision, held)
+        self._place(x_BTD, decision, held, kwargs)
         mask = held.admit(decision, x_BTD.shape[1], holes=True)
         mask = None if mask is None else like_model(mask, self.attention(), x_BTD.dtype)
         return self._compute(x_BTD, decision, attention_mask=mask, **kwargs)
@@ -137,7 +150,9 @@ class RoutedLayer(nn.Module):
         x_BKD = take(hidden_states, index_BK)
         if self.branch is not None:
             self.branch.weight = weight_BK1
-        angles = tuple(take(angles, index_BK) for angles in position_embeddings)
+        angles = position_embeddings
+        if self.positions is None:
+            angles = tuple(take(each, index_BK) for each in position_embeddings)
         y_BKD = super().forward(x_BKD, position_embeddings=angles, **kwargs)
         if self.branch is not None:
             self.branch.weight = None
@@ -177,6 +192,17 @@ class WeightedBranch(nn.Module):
         return output if self.branch.weight is None else output * self.branch.weight.to(output.dtype)
 
 
+class WeightedAttention(nn.Module):
+    """Mixin over an attention module's class: its output, times the weight of the running forward."""
+
+    branch: BranchWeight
+
+    def forward(self, *args: object, **kwargs: object) -> tuple[Tensor, ...]:
+        output, *rest = super().forward(*args, **kwargs)
+        weight = self.branch.weight
+        return (output if weight is None else output * weight.to(output.dtype), *rest)
+
+
 # One class each: every new class is a new compiled graph.
 _MIXED: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
@@ -190,17 +216,29 @@ def mixed(mixin: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def route_layer(
-    layer: nn.Module, mlp: nn.Module, gate: Gate, merge: Merge, attention: Callable[[], str] = lambda: "sdpa"
+    layer: nn.Module,
+    mlp: nn.Module,
+    gate: Gate,
+    merge: Merge,
+    attention: Callable[[], str] = lambda: "sdpa",
+    *,
+    attending: nn.Module | None = None,
+    positions: CompactPositions | None = None,
 ) -> nn.Module:
     """Routes a live decoder layer in place, by swapping its class as FSDP2's ``fully_shard`` does.
 
-    No parameter is renamed, and hooks stay. ``mlp`` is the layer's feed-forward network, whose class is swapped too
-    where the merge scales it; ``attention`` tells the name of the attention implementation that is in force.
+    No parameter is renamed, and hooks stay. ``mlp`` and ``attending`` are the layer's feed-forward network and
+    attention, whose classes are swapped too where the merge scales them; ``attention`` tells the name of the attention
+    implementation that is in force; ``positions`` numbers kept tokens anew.
     """
     layer.__class__ = mixed(RoutedLayer, type(layer))
     layer.gate, layer.merge, layer.branch = gate, merge, None  # type: ignore[assignment]
-    layer.attention = attention  # type: ignore[assignment]
-    if merge.scales_mlp:
-        mlp.__class__ = mixed(WeightedBranch, type(mlp))
-        mlp.branch = layer.branch = BranchWeight()  # type: ignore[assignment]
+    layer.attention, layer.positions = attention, positions  # type: ignore[assignment]
+    scaled: list[tuple[nn.Module, type[nn.Module]]] = [(mlp, WeightedBranch)] if merge.scales_mlp else []
+    if merge.scales_attention and attending is not None:
+        scaled.append((attending, WeightedAttention))
+    for part, mixin in scaled:
+        part.__class__ = mixed(mixin, type(part))
+        layer.branch = layer.branch or BranchWeight()  # type: ignore[assignment]
+        part.branch = layer.branch
     return layer

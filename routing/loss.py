@@ -7,17 +7,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from routing.tape import RoutingRecord
 
+OverLayers = Literal["mean", "sum"]
+
 
 class AuxLoss(ABC):
-    """``weight`` times the mean over a plugin's records is added to the objective."""
+    """``weight`` times the mean over a plugin's records, or their sum where ``layers`` says so, joins the objective."""
 
     weight: float
+    layers: OverLayers = "mean"
 
     @abstractmethod
     def __call__(self, record: RoutingRecord) -> Tensor:
@@ -48,9 +52,11 @@ class RouterCrossEntropy(AuxLoss):
 
     Args:
         weight: Factor in the objective.
+        layers: Whether it multiplies the mean over layers, or their sum (gamma-MoD).
     """
 
     weight: float = 0.01
+    layers: OverLayers = "mean"
 
     def __call__(self, record: RoutingRecord) -> Tensor:
         scores_BT1 = record.scores_BTE

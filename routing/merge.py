@@ -14,10 +14,12 @@ from routing.tokens import Tokens
 class Merge(ABC):
     """``scales_mlp``: the weight multiplies the feed-forward branch inside the layer, before its residual sum.
 
-    ``mixes``: tokens come to the layer mixed with others (``entering``), so that no capacity makes it the dense one.
+    ``scales_attention``: it multiplies the attention branch likewise. ``mixes``: tokens come to the layer mixed with
+    others (``entering``), so that no capacity makes it the dense one.
     """
 
     scales_mlp: bool = False
+    scales_attention: bool = False
     mixes: bool = False
 
     def entering(self, x_BTD: Tensor, tokens: Tokens) -> Tensor:
@@ -55,6 +57,13 @@ class FeedForwardBranch(Merge):
 
     def passed(self, x: Tensor, weight: Tensor) -> Tensor:
         return x
+
+
+@dataclass(frozen=True)
+class BothBranches(FeedForwardBranch):
+    """u = x + weight * attention, u + weight * feed-forward; passed tokens are unchanged (MoDification's style)."""
+
+    scales_attention = True
 
 
 @dataclass(frozen=True)

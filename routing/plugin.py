@@ -14,8 +14,9 @@ from typing import TypeVar
 
 from transformers import PreTrainedModel
 
-from routing.decoder import Decoder, TokenObserver
+from routing.decoder import Decoder
 from routing.loss import AuxLoss
+from routing.observer import TokenObserver
 from routing.plugin_files import file_of
 from routing.tape import RoutingTape
 

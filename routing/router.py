@@ -24,7 +24,8 @@ class RouterInputs:
     """Everything a router may look at.
 
     Args:
-        x_BTD: Hidden states that enter the routed part (the residual stream, before the layer's norm).
+        x_BTD: Hidden states that enter the routed part: the residual stream, or what the layer's input norm makes of
+            it for routers that are ``normed``.
         tokens: Facts about the tokens.
         records: What earlier sites of this forward decided, first layer first.
         site: The place that is decided on.
@@ -41,14 +42,21 @@ class RouterInputs:
 class Router(nn.Module, ABC):
     """The module that scores; its parameters live on the model's root, in ``model.routers``.
 
-    ``attends`` declares that it needs the attention of the layer before, and which tokens' attention that is.
+    ``attends`` declares that it needs the attention of the layer before, and which tokens' attention that is;
+    ``normed`` that it reads its layer's input norm; ``forecasts`` that it has a ``forecast``.
     """
 
     attends: Literal["last", "all"] | None = None
+    normed: bool = False
+    forecasts: bool = False
 
     @abstractmethod
     def forward(self, inputs: RouterInputs) -> Tensor:
         """Scores, float32 (B, T, E), whatever autocast says."""
+
+    def forecast(self, inputs: RouterInputs, scores_BTE: Tensor) -> Tensor | None:
+        """Logits (B, T, 1), positive where a token that is seen alone would be taken from among all of them."""
+        return None
 
 
 class RouterSpec(ABC):
@@ -59,11 +67,11 @@ class RouterSpec(ABC):
         """A router from ``dim`` features to ``experts`` scores."""
 
 
-def _linear(dim: int, out: int, *, bias: bool, std: float) -> nn.Linear:
+def _linear(dim: int, out: int, *, bias: bool, std: float, start: float = 0.0) -> nn.Linear:
     linear = nn.Linear(dim, out, bias=bias, dtype=torch.float32)
     nn.init.normal_(linear.weight, std=std)
     if bias:
-        nn.init.zeros_(linear.bias)
+        nn.init.constant_(linear.bias, start)
     return linear
 
 
@@ -90,18 +98,22 @@ class LinearRouter(RouterSpec):
     """One linear map.
 
     Args:
-        bias: Whether it has a bias, which starts at 0.
-        std: Standard deviation of the initial weights; 0 starts at zero scores, so that every token ties.
+        bias: Whether it has a bias.
+        std: Standard deviation of the initial weights; 0 starts at equal scores, so that every token ties.
+        start: Where the bias starts: the first scores lie about it.
     """
 
     bias: bool = True
     std: float = 0.02
+    start: float = 0.0
 
     def __post_init__(self) -> None:
         _checked_std(self, self.std)
+        if self.start and not self.bias:
+            raise ValueError(f"{self}: start is the bias's, and there is none. Give bias: true, or start: 0.")
 
     def build(self, dim: int, experts: int) -> Router:
-        return Float32Router(_linear(dim, experts, bias=self.bias, std=self.std))
+        return Float32Router(_linear(dim, experts, bias=self.bias, std=self.std, start=self.start))
 
 
 @dataclass(frozen=True)
@@ -167,6 +179,11 @@ class TwoHeads(Router):
     def __init__(self, vision: Router, text: Router) -> None:
         super().__init__()
         self.vision, self.text = vision, text
+        self.normed = vision.normed
+        if vision.normed != text.normed:
+            raise ValueError(
+                "ModalityRouter: one head reads the layer's input norm, the other does not; give both alike."
+            )
 
     def forward(self, inputs: RouterInputs) -> Tensor:
         vision_BT1 = (inputs.tokens.kind_BT == TokenKind.VISION)[..., None]

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from routing.capacity import kept_count
 from routing.decision import Decision, KeptTokens, TokenChoices
+from routing.router import Router
 from routing.tokens import Phase, TokenKind, Tokens
 
 
@@ -21,11 +23,13 @@ class Selector(ABC):
 
     ``causal``: a token's decision depends on no later token, so that a step after a cache can take it. Cached decoding
     equals one forward if one causal ``rule`` decides in both prefill and decode.
-    ``batch_independent``: a row's decision depends on no other row.
+    ``batch_independent``: a row's decision depends on no other row. ``reads``: whether it is given the router's scores,
+    or its forecast in their place.
     """
 
     causal: bool
     batch_independent: bool = True
+    reads: Literal["scores", "forecast"] = "scores"
 
     def rule(self, phase: Phase) -> Selector:
         """What decides in this phase."""
@@ -51,6 +55,10 @@ class Selector(ABC):
     def candidate_BT(self, tokens: Tokens) -> Tensor:
         """True at the tokens that are this rule's to decide on; bool (B, T), by default all but padding."""
         return tokens.valid_BT
+
+    def lets_in(self, scores_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens, capacity: float) -> Tensor | None:
+        """True at the candidates that it would let in; bool (B, T). None where it is no rule of depth."""
+        return None
 
 
 def top_mask(scores_BT: Tensor, candidate_BT: Tensor, count_B: Tensor, tokens: Tokens) -> Tensor:
@@ -99,12 +107,18 @@ class DepthSelector(Selector, ABC):
 
     def __call__(self, scores_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens, capacity: float) -> KeptTokens:
         candidate_BT = self.candidate_BT(tokens)
-        scores_BT, weights_BT = scores_BTE[..., 0], weights_BTE[..., 0]
-        chosen_BT = self.chosen_BT(scores_BT.detach(), weights_BT.detach(), candidate_BT, tokens, capacity)
-        keep_BT = chosen_BT | (tokens.valid_BT & ~candidate_BT)
+        keep_BT = self.lets_in(scores_BTE, weights_BTE, tokens, capacity) | (tokens.valid_BT & ~candidate_BT)
+        weight_BT = torch.where(candidate_BT, weights_BTE[..., 0], 1.0)
+        return KeptTokens.of(keep_BT, weight_BT, self.slots(keep_BT, tokens, capacity))
+
+    def lets_in(self, scores_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens, capacity: float) -> Tensor:
+        scores_BT, weights_BT = scores_BTE[..., 0].detach(), weights_BTE[..., 0].detach()
+        return self.chosen_BT(scores_BT, weights_BT, self.candidate_BT(tokens), tokens, capacity)
+
+    def slots(self, keep_BT: Tensor, tokens: Tokens, capacity: float) -> int:
+        """How many slots each row gets: what is known on the host, else the longest row's count."""
         bound = self.bound(tokens, capacity)
-        longest = int(keep_BT.sum(1).max()) if bound is None else bound  # the one host sync of a data-dependent rule
-        return KeptTokens.of(keep_BT, torch.where(candidate_BT, weights_BT, 1.0), longest)
+        return int(keep_BT.sum(1).max()) if bound is None else bound  # the one host sync of a data-dependent rule
 
     def candidates(self, tokens: Tokens) -> bool:
         return not tokens.kinds.isdisjoint(self.routes)
@@ -165,6 +179,17 @@ class Threshold(DepthSelector):
 
     def most(self, candidates: int, capacity: float) -> None:
         return None
+
+
+@dataclass(frozen=True)
+class MaskedThreshold(Threshold):
+    """A threshold that asks the device nothing: every token has a slot, and those that do not enter an invalid one.
+
+    For training: shapes are static, and nothing is saved. Values and gradients are those of ``Threshold``.
+    """
+
+    def slots(self, keep_BT: Tensor, tokens: Tokens, capacity: float) -> int:
+        return keep_BT.shape[1]
 
 
 @dataclass(frozen=True)
@@ -251,3 +276,28 @@ class SelectBy(Selector):
 
     def candidate_BT(self, tokens: Tokens) -> Tensor:
         return self.rule(tokens.phase).candidate_BT(tokens)
+
+    def lets_in(self, scores_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens, capacity: float) -> Tensor | None:
+        return self.rule(tokens.phase).lets_in(scores_BTE, weights_BTE, tokens, capacity)
+
+
+def check_both_routed(by: str, selector: Selector) -> None:
+    """Raises ValueError unless the rule of training routes vision and text: a router for each needs both."""
+    routes = getattr(selector.rule("train"), "routes", tuple(TokenKind))
+    if TokenKind.VISION not in routes or set(routes) <= {TokenKind.VISION}:
+        raise ValueError(
+            f"Plugin {by!r}: modalities: separate gives vision and text a router each, and in training it routes"
+            f" {', '.join(kind.name for kind in routes)}.\nAllowed: routes of VISION and of SYSTEM, QUESTION or"
+            " ANSWER.\nWiden routes, or give modalities: shared."
+        )
+
+
+def check_forecast(by: str, selector: Selector, router: Router) -> None:
+    """Raises ValueError if a phase's rule reads a forecast that the router does not make."""
+    phases: tuple[Phase, ...] = ("train", "prefill", "decode")
+    for rule in [selector.rule(phase) for phase in phases if not router.forecasts]:
+        if rule.reads == "forecast":
+            raise ValueError(
+                f"Plugin {by!r}: {type(rule).__name__} reads a forecast, and the router makes none.\nAllowed: a router"
+                " with a forecast, such as Predicted or Calibrated.\nGive one under `router`, or another rule."
+            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from routing.tokens import Tokens
 
 if TYPE_CHECKING:
     from routing.intervene import Intervention
+    from routing.select import Selector
 
 Part = Literal["layer", "attention", "mlp"]
 
@@ -51,6 +53,9 @@ class RoutingRecord:
         capacity: Share of the candidate tokens that the schedule asked for; None where the rule follows no schedule.
         tokens: The facts it was decided on.
         candidate_BT: True at the tokens that the rule decided on; all others were not its to route.
+        weights_BTE: What the weighting made of the scores; None where nobody weighed.
+        forecast_BTE: What the router expects of tokens seen alone, logits (batch, tokens, 1), where it does.
+        selector: What decided, with its rules for other phases.
     """
 
     site: Site
@@ -59,6 +64,21 @@ class RoutingRecord:
     capacity: float | None
     tokens: Tokens
     candidate_BT: Tensor
+    weights_BTE: Tensor | None = None
+    forecast_BTE: Tensor | None = None
+    selector: Selector | None = None
+
+    @cached_property
+    def foreseen_BT(self) -> Tensor | None:
+        """True at the tokens that the rule of decoding would let in, bool (B, T); None if it is the rule in force."""
+        if self.selector is None or self.weights_BTE is None:
+            return None
+        rule = self.selector.rule("decode")
+        if rule == self.selector.rule(self.tokens.phase) or not rule.causal:
+            return None
+        read_BTE = self.forecast_BTE if rule.reads == "forecast" else self.scores_BTE
+        share = 1.0 if self.capacity is None else self.capacity
+        return None if read_BTE is None else rule.lets_in(read_BTE, self.weights_BTE, self.tokens, share)
 
 
 class RoutingTape:

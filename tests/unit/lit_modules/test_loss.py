@@ -15,7 +15,7 @@ from lit_modules import RoutedVLM, TinyLlava
 from lit_modules.batches import model_inputs
 from lit_modules.logits import logits_only_at
 from plugins.progressive_depths import ProgressiveDepths
-from routing import ZLoss
+from routing import RouterCrossEntropy, ZLoss
 from stub_data import StubData, training_batch
 
 TINY = TinyLlava(layers=3, width=16, heads=2, hidden=32)
@@ -105,15 +105,19 @@ def test_ranks_with_unlike_batches_share_one_mean(tmp_path):
     assert_close(step, whole_batch_gradients([training_batch(0, 2), training_batch(1, 3)]))
 
 
-def test_auxiliary_losses_are_weighted_means_over_their_plugin():
-    module = RoutedVLM(TINY, {"depth": ProgressiveDepths(losses=(ZLoss(0.5),))})
+def test_auxiliary_losses_are_weighted_means_or_sums_over_their_plugin():
+    summed = RouterCrossEntropy(0.25, layers="sum")
+    module = RoutedVLM(TINY, {"depth": ProgressiveDepths(losses=(ZLoss(0.5), summed))})
     module.configure_model()
     batch = training_batch(0, 2)
     module._trainer = type("T", (), {"accumulate_grad_batches": 1, "world_size": 1})()
     step = module.forward_step(batch)
     losses = module._auxiliary(step)
     expected = 0.5 * torch.stack([ZLoss()(record) for record in step.records]).mean()
-    assert losses.keys() == {"depth_ZLoss"} and torch.equal(losses["depth_ZLoss"], expected)
+    assert losses.keys() == {"depth_ZLoss", "depth_RouterCrossEntropy"}
+    assert torch.equal(losses["depth_ZLoss"], expected)
+    each = [summed(record) for record in step.records]
+    assert torch.equal(losses["depth_RouterCrossEntropy"], 0.25 * torch.stack(each).sum())
     assert len(step.records) == 2
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from routing.decoder import lengthened
+from routing.observer import lengthened
 from routing.tokens import TokenKind, Tokens
 
 V, Q, A, PAD = TokenKind.VISION, TokenKind.QUESTION, TokenKind.ANSWER, TokenKind.PAD

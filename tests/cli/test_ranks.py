@@ -117,6 +117,22 @@ def test_two_ranks_are_one(name, alone, config, tmp_path, monkeypatch):
     assert seen[0].keys() == weights.keys() and apart.max() < 5e-3 and apart.mean() < 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_router_that_reads_its_layers_norm_learns_on_two_ranks_as_on_one(name, config, tmp_path):
+    made = yaml.safe_load(config.read_text())
+    gamma = {"placement": {"class_path": "Between", "init_args": {"first": 1}}, "losses": []}  # means are per rank
+    made["model"]["init_args"]["plugins"] = {"depth": {"class_path": "GammaDepths", "init_args": gamma}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(made))
+    got = []
+    for folder, strategy, devices in (("alone", "auto", 1), ("both", STRATEGIES[name], 2)):
+        (tmp_path / folder).mkdir()
+        told = arguments(tmp_path / "config.yaml", tmp_path / folder, strategy, devices)
+        assert ranks(told, devices) == [0] * devices
+        got.append(losses(tmp_path / folder, devices))
+    assert got[1] == pytest.approx(got[0], abs=1e-5) and len(got[0]) == STEPS
+
+
 def lit_module():
     from lit_modules import RoutedVLM
 

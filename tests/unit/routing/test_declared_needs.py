@@ -137,7 +137,7 @@ def test_one_word_gives_vision_and_text_a_router_each(plugin):
 
 @pytest.mark.parametrize("plugin", [MixtureOfDepths(modalities="separate"), ProgressiveDepths(modalities="separate")])
 def test_a_router_for_text_that_is_never_asked_is_refused(plugin):
-    with pytest.raises(ValueError, match="in training it routes VISION.\nAllowed: .*\nWiden routes, or give"):
+    with pytest.raises(ValueError, match=r"in training it routes VISION.\nAllowed: .*\nWiden routes, or give"):
         attach(tiny_llava(), {"depth": plugin})
 
 

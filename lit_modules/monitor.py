@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch import Tensor
 
+from lit_modules.collapse import CollapseWatch
 from lit_modules.kept_patches import KeptPatches
 from lit_modules.retention_map import History, label
 from lit_modules.tally import Counts, Histogram, Reduce, Tally
@@ -32,14 +34,16 @@ class RoutingMonitor(Callback):
     ======================================== ======== ==============================================================
     ``depth/retention``, ``…/<kind>``        brief    share of the candidate tokens that enter, over all layers
     ``depth/target``                         brief    share that the capacities ask for
+    ``depth/agreement``                      brief    share of them on which the rule in force agrees with decoding's
     ``router/entropy``                       brief    bits per candidate, of softmax over experts or of sigmoid(score)
     ``router/scores``                        brief    histogram of the candidates' scores
     ``depth/map``                            brief    layer by step: asked for beside kept
     ``depth/kept/<id>``                      brief    the patches that each layer kept of the first validation images
-    ``…/layer_<n>``                          detailed retention, target, entropy and scores of each layer
+    ``…/layer_<n>``                          detailed retention, target, agreement, entropy and scores of each layer
     ======================================== ======== ==============================================================
 
-    Pictures also go to the run's folder as PNG files. Steps in between cost nothing.
+    Pictures also go to the run's folder as PNG files. Steps in between cost nothing. A warning tells, once of each
+    layer, where a rule without a capacity lets in nearly every token or nearly none after a tenth of the training.
 
     Args:
         detail: ``nothing``, ``brief`` or ``detailed``.
@@ -51,7 +55,7 @@ class RoutingMonitor(Callback):
             raise ValueError(f"RoutingMonitor(detail={detail!r}): give 'nothing', 'brief' or 'detailed'.")
         self.detail, self.patches = detail, patches
         self.history = History()
-        self._tally, self._open = Tally(), ExitStack()
+        self._tally, self._open, self._watch = Tally(), ExitStack(), CollapseWatch()
         self._records: list[RoutingRecord] = []
         self._step = 0
 
@@ -77,11 +81,13 @@ class RoutingMonitor(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._open.close()
 
-    def _log(self, trainer: Trainer, module: LightningModule) -> None:
+    def _log(self, trainer: Trainer, module: RoutedVLM) -> None:
         reduce = over_ranks(trainer)
         counts = self._tally.counts(reduce)
         everything = Counts.sum(counts.values())
         self.history.add(self._step, counts)
+        for message in self._watch.see(counts, module.tape.progress):
+            rank_zero_warn(message)
         groups = {"": list(counts)}
         values = scalars("", everything)
         values |= {f"depth/retention/{k.name.lower()}": share for k, share in everything.by_kind().items()}
@@ -137,6 +143,7 @@ def scalars(suffix: str, counts: Counts) -> dict[str, float]:
     return {
         f"depth/retention{suffix}": counts.retention,
         f"depth/target{suffix}": counts.target,
+        f"depth/agreement{suffix}": counts.agreement,
         f"router/entropy{suffix}": counts.mean_entropy,
     }
 

@@ -30,12 +30,16 @@ class Counts:
         kept: Those of them that entered, by kind.
         asked: How many the capacity asked for; NaN where a rule follows none.
         entropy: Sum over the candidates of the entropy of their router's choice, in bits.
+        foreseen: Candidates on which the rule of decoding was asked too, because another one is in force.
+        agreed: Those of them that both rules let in, or both do not.
     """
 
     candidates: Mapping[TokenKind, int]
     kept: Mapping[TokenKind, int]
     asked: float
     entropy: float
+    foreseen: int = 0
+    agreed: int = 0
 
     @property
     def total(self) -> int:
@@ -57,6 +61,11 @@ class Counts:
         """Bits per candidate: how undecided the routers are; NaN of none."""
         return self.entropy / self.total if self.total else float("nan")
 
+    @property
+    def agreement(self) -> float:
+        """Share of the candidates on which the rule in force and that of decoding agree; NaN where they are one."""
+        return self.agreed / self.foreseen if self.foreseen else float("nan")
+
     def by_kind(self) -> dict[TokenKind, float]:
         """Share of the candidates of each kind that entered; only kinds that have candidates."""
         return {kind: self.kept[kind] / n for kind, n in self.candidates.items() if n}
@@ -69,7 +78,9 @@ class Counts:
             {kind: sum(getattr(part, name)[kind] for part in parts) for kind in KINDS}
             for name in ("candidates", "kept")
         )
-        return cls(candidates, kept, sum(part.asked for part in parts), sum(part.entropy for part in parts))
+        asked, entropy = sum(part.asked for part in parts), sum(part.entropy for part in parts)
+        foreseen, agreed = sum(part.foreseen for part in parts), sum(part.agreed for part in parts)
+        return cls(candidates, kept, asked, entropy, foreseen, agreed)
 
 
 @dataclass(frozen=True)
@@ -121,7 +132,8 @@ class Tally:
             site: Counts(
                 dict(zip(KINDS, map(int, row[:K]), strict=True)),
                 dict(zip(KINDS, map(int, row[K : 2 * K]), strict=True)),
-                *row[2 * K :],
+                *row[2 * K : 2 * K + 2],
+                *map(int, row[2 * K + 2 :]),
             )
             for site, row in zip(self._counts, sums, strict=True)
         }
@@ -130,7 +142,8 @@ class Tally:
         counts_FN = torch.stack(self._counts[site]).cpu().double()
         candidates_F = counts_FN[:, : len(KINDS)].sum(1)
         asked = candidates_F @ torch.tensor(self._capacities[site], dtype=torch.float64)
-        return torch.cat([counts_FN[:, :-1].sum(0), asked[None], counts_FN[:, -1].sum()[None]])
+        counts_N, K = counts_FN.sum(0), len(KINDS)
+        return torch.cat([counts_N[: 2 * K], asked[None], counts_N[2 * K :]])
 
     def histograms(self, groups: Iterable[Iterable[Site]], reduce: Reduce) -> list[Histogram | None]:
         """The scores of each group of sites, on all ranks together; None of none."""
@@ -160,15 +173,19 @@ def bins(low: float, high: float) -> np.ndarray:
 
 
 def count(record: RoutingRecord) -> Tensor:
-    """Candidates by kind, kept by kind, sum of their entropies; float32 (2 K + 1), on the record's device."""
+    """Candidates by kind, kept by kind, sum of their entropies, foreseen, agreed; float32 (2 K + 3), on the device."""
     assert isinstance(record.decision, KeptTokens)
     tokens, candidate_BT = record.tokens, record.candidate_BT
     kinds_K11 = torch.tensor([int(kind) for kind in KINDS], device=candidate_BT.device)[:, None, None]
     candidate_KBT = (tokens.kind_BT == kinds_K11) & candidate_BT
     candidates_K = candidate_KBT.sum((1, 2))
-    kept_K = (candidate_KBT & record.decision.keep_BT()).sum((1, 2))
+    keep_BT, foreseen_BT = record.decision.keep_BT(), record.foreseen_BT
+    kept_K = (candidate_KBT & keep_BT).sum((1, 2))
     entropy = (entropy_bits(record.scores_BTE.detach()) * candidate_BT).sum()
-    return torch.cat([candidates_K, kept_K, entropy[None]])
+    both_2 = candidates_K.new_zeros(2)
+    if foreseen_BT is not None:
+        both_2 = torch.stack([candidate_BT.sum(), (candidate_BT & (keep_BT == foreseen_BT)).sum()])
+    return torch.cat([candidates_K, kept_K, entropy[None], both_2])
 
 
 def candidate_scores(record: RoutingRecord) -> Tensor:

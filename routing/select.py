@@ -60,6 +60,10 @@ class Selector(ABC):
         """True at the candidates that it would let in; bool (B, T). None where it is no rule of depth."""
         return None
 
+    def decides_like(self, other: Selector) -> bool:
+        """Whether the other rule lets in the very same tokens, always."""
+        return self == other
+
 
 def top_mask(scores_BT: Tensor, candidate_BT: Tensor, count_B: Tensor, tokens: Tokens) -> Tensor:
     """True at the ``count_B`` best-scored candidates of each row; equal scores fall by ``tokens.tie_order_BT``."""
@@ -117,6 +121,8 @@ class DepthSelector(Selector, ABC):
 
     def slots(self, keep_BT: Tensor, tokens: Tokens, capacity: float) -> int:
         """How many slots each row gets: what is known on the host, else the longest row's count."""
+        if keep_BT.shape[1] == 1:  # as in every step of decoding
+            return 1
         bound = self.bound(tokens, capacity)
         return int(keep_BT.sum(1).max()) if bound is None else bound  # the one host sync of a data-dependent rule
 
@@ -190,6 +196,9 @@ class MaskedThreshold(Threshold):
 
     def slots(self, keep_BT: Tensor, tokens: Tokens, capacity: float) -> int:
         return keep_BT.shape[1]
+
+    def decides_like(self, other: Selector) -> bool:
+        return other in (self, Threshold(self.routes, self.p))
 
 
 @dataclass(frozen=True)

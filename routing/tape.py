@@ -74,11 +74,12 @@ class RoutingRecord:
         if self.selector is None or self.weights_BTE is None:
             return None
         rule = self.selector.rule("decode")
-        if rule == self.selector.rule(self.tokens.phase) or not rule.causal:
+        if self.selector.rule(self.tokens.phase).decides_like(rule) or not rule.causal:
             return None
         read_BTE = self.forecast_BTE if rule.reads == "forecast" else self.scores_BTE
         share = 1.0 if self.capacity is None else self.capacity
-        return None if read_BTE is None else rule.lets_in(read_BTE, self.weights_BTE, self.tokens, share)
+        chosen_BT = None if read_BTE is None else rule.lets_in(read_BTE, self.weights_BTE, self.tokens, share)
+        return None if chosen_BT is None else chosen_BT | (self.tokens.valid_BT & ~rule.candidate_BT(self.tokens))
 
 
 class RoutingTape:

@@ -7,14 +7,27 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lit_modules.collapse import CollapseWatch
 from lit_modules.kept_patches import KeptPatches, grid, kept_patches, places
-from lit_modules.monitor import RoutingMonitor
+from lit_modules.monitor import RoutingMonitor, scalars
 from lit_modules.pictures import DIMMED, Tile, lit, picture, sheet
 from lit_modules.retention_map import UNKNOWN, History, colours, columns, panel, retention_map
-from lit_modules.tally import Counts, Tally
-from routing import KeptTokens, RoutingRecord, RoutingTape, Site, TokenKind, Tokens
+from lit_modules.tally import KINDS, Counts, Tally
+from routing import (
+    ExpertChoice,
+    KeptTokens,
+    MaskedThreshold,
+    RoutingRecord,
+    RoutingTape,
+    SelectBy,
+    Site,
+    Threshold,
+    TokenKind,
+    Tokens,
+)
 
 V, Q, A, PAD = TokenKind.VISION, TokenKind.QUESTION, TokenKind.ANSWER, TokenKind.PAD
+SITE = Site(1, 4, "layer", "depth")
 
 
 def two_images() -> Tokens:
@@ -150,3 +163,85 @@ def test_steps_that_are_not_logged_cost_nothing(detail, step):
         trainer.global_step += 1
         monitor.on_train_batch_end(trainer, module, None, {}, 0)
     assert ops.asked == before and not monitor.history.steps
+
+
+@pytest.mark.parametrize("rule", [Threshold((V, Q)), MaskedThreshold((V, Q))])
+def test_a_threshold_is_counted_by_who_enters_whatever_its_slots(rule):
+    tokens = Tokens.of(torch.tensor([[Q, V, V, V, Q, A], [V, V, Q, A, PAD, PAD]]))
+    scores = torch.tensor([[2.0, -1, 3, -2, -3, -9], [1, -1, -2, 9, 9, 9]])[..., None]
+    decision = rule(scores, scores.sigmoid(), tokens, 0.0)
+    tally = Tally()
+    tally.add([RoutingRecord(SITE, scores, decision, None, tokens, rule.candidate_BT(tokens))])
+    counts = tally.counts(lambda values, _: values)[SITE]
+    assert counts.by_kind() == {V: 2 / 5, Q: 1 / 3} and counts.retention == 3 / 8 and np.isnan(counts.target)
+
+
+def test_agreement_is_counted_where_decoding_has_another_rule():
+    tokens = Tokens.of(torch.tensor([[Q, V, V, V, Q, A], [V, V, Q, A, PAD, PAD]]))
+    torch.manual_seed(0)
+    tally, agreed, seen = Tally(), 0, 0
+    rules = SelectBy(train=ExpertChoice((V, Q)), prefill=Threshold((V, Q)), decode=Threshold((V, Q)))
+    for phase, selector in (("train", rules), ("train", rules), ("prefill", rules), ("train", Threshold((V, Q)))):
+        now, scores = tokens.during(phase, 1.0), torch.randn(2, 6, 1)
+        decision, candidate_BT = selector(scores, scores.sigmoid(), now, 0.5), selector.candidate_BT(now)
+        weights = scores.sigmoid()
+        one = RoutingRecord(SITE, scores, decision, 0.5, now, candidate_BT, weights, None, selector)
+        tally.add([one])
+        if phase == "train" and selector is rules:
+            for b, t in candidate_BT.nonzero().tolist():
+                seen += 1
+                agreed += bool(decision.keep_BT()[b, t]) == bool(scores[b, t, 0] > 0)
+    counts = tally.counts(lambda values, _: 2 * values)[SITE]  # as if a second rank had seen the same
+    assert (counts.foreseen, counts.agreed) == (2 * seen, 2 * agreed) and 0 < agreed < seen == 2 * 8
+    assert counts.agreement == agreed / seen and counts.total == 2 * 2 * seen
+    alone = Counts({V: 4}, {V: 1}, 2.0, 0.0)
+    filled = Counts(dict.fromkeys(KINDS, 1), dict.fromkeys(KINDS, 1), 2.0, 0.0, foreseen=4, agreed=3)
+    assert np.isnan(alone.agreement) and Counts.sum([filled, filled]).agreement == 0.75
+    assert scalars("/layer_01", filled)["depth/agreement/layer_01"] == 0.75
+
+
+def counted(*kept: int, asked: float = float("nan"), of: int = 1000) -> dict[Site, Counts]:
+    """Layers 1, 3, … that let so many of ``of`` candidates in."""
+    return {Site(2 * n + 1, 8, "layer", "depth"): Counts({V: of}, {V: k}, asked, 0.0) for n, k in enumerate(kept)}
+
+
+def test_a_layer_that_stays_dense_or_empty_is_told_once_and_what_to_do():
+    watch = CollapseWatch()
+    assert not any([*watch.see(counted(1000, 0), progress)] for progress in (0.0, 0.05, 0.09))  # still settling
+    assert not [*watch.see(counted(1000, 0), 0.10)]
+    assert not [*watch.see(counted(0, 0, of=0), 0.15)]  # a batch without candidates says nothing
+    assert not [*watch.see(counted(990, 10), 0.20)]
+    dense, empty = watch.see(counted(998, 2), 0.30)
+    assert "'depth'" in dense and "everything" in dense and "layer 1 (99.8%)" in dense and "Raise the weight" in dense
+    assert "nothing" in empty and "layer 3 (0.2%)" in empty and "target above 0" in empty
+    assert not any([*watch.see(counted(1000, 0), 0.4)] for _ in range(5))
+
+
+@pytest.mark.parametrize("asked", [float("nan"), 500.0])
+def test_neither_a_moment_nor_a_rule_that_holds_a_capacity_is_warned_of(asked):
+    watch = CollapseWatch()
+    steps = [1000, 1000, 500, 1000, 1000, 0, 0] if np.isnan(asked) else [1000] * 5
+    assert not any([*watch.see(counted(kept, asked=asked), 0.5)] for kept in steps)
+    assert bool([*watch.see(counted(0, asked=asked), 0.5)]) == np.isnan(asked)
+
+
+def test_the_monitor_warns_and_logs_the_agreement(recwarn):
+    logged, tape = [], RoutingTape()
+    module = SimpleNamespace(tape=tape, log_dict=logged.append)
+    trainer = SimpleNamespace(global_step=0, log_every_n_steps=1, world_size=1, loggers=[], is_global_zero=True)
+    monitor, tokens, scores = RoutingMonitor("detailed"), Tokens.of(torch.tensor([[Q, V, V]])), torch.ones(1, 3, 1)
+    rules = SelectBy(train=Threshold(p=0.7), prefill=Threshold(p=0.8), decode=Threshold(p=0.8))
+    for _ in range(4):
+        monitor.on_train_batch_start(trainer, module, {}, 0)
+        decision = rules(scores, scores.sigmoid(), tokens, 0.5)
+        args = (SITE, scores, decision, None, tokens, tokens.mask([V]), scores.sigmoid(), None, rules)
+        tape.write(RoutingRecord(*args))
+        trainer.global_step += 1
+        monitor.on_train_batch_end(trainer, module, None, {}, 0)
+    assert (
+        [values["depth/agreement"] for values in logged]
+        == [0.0] * 4
+        == [values["depth/agreement/layer_01"] for values in logged]
+    )
+    assert [values["depth/retention"] for values in logged] == [1.0] * 4
+    assert len([w for w in recwarn if "lets everything in" in str(w.message)]) == 1

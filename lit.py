@@ -27,6 +27,8 @@ def main(args: list[str] | None = None) -> None:
         plugins(args[1:])
     elif args[:1] == ["study"]:
         study(args[1:])
+    elif args[:1] in (["arank"], ["plan"]):
+        layers(args[0], args[1:])
     else:
         train(args)
 
@@ -53,11 +55,8 @@ def _ours() -> Iterator[str]:
 
 def study(args: list[str]) -> None:
     """Arms x levels x seeds, their tables and plots."""
-    from importlib.util import find_spec
-
     try:
-        if missing := [name for name in ("pyarrow", "matplotlib", "scipy") if find_spec(name) is None]:
-            raise ValueError(f"A study needs {', '.join(missing)}.\nInstall it: pip install 'lit-routing[study]'")
+        need("A study", "pyarrow", "matplotlib", "scipy")
         from lit_modules.complaints import explain
         from study.command import Workshop, run
 
@@ -72,6 +71,33 @@ def study(args: list[str]) -> None:
         raise SystemExit(130) from None
     if code:
         raise SystemExit(code)
+
+
+def need(who: str, *packages: str) -> None:
+    """Raises ValueError unless all these can be imported."""
+    from importlib.util import find_spec
+
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise ValueError(f"{who} needs {', '.join(missing)}.\nInstall it: pip install 'lit-routing[study]'")
+
+
+def layers(command: str, args: list[str]) -> None:
+    """Which layers a depth plugin should route: by attention rank, or by a score and a budget of FLOPs."""
+    try:
+        need(f"`lit {command}`", "matplotlib", "scipy")
+        import datamodules  # noqa: F401  (importing gives its classes short names)
+        from lit_modules import class_files, layer_commands
+        from routing import discover
+
+        discover()
+        class_files.accept()
+        run = {"arank": layer_commands.arank, "plan": layer_commands.plan}[command]
+        run(class_files.arguments(args), ROOT / "configs/default.yaml")
+    except (ValueError, OSError) as error:
+        if os.environ.get("LIT_TRACEBACK"):
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from error
 
 
 def gpus() -> int:

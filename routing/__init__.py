@@ -7,6 +7,7 @@ from routing.capacity import CapacitySchedule, Constant, Linear, Nothing, PerLay
 from routing.chance import uniform_BT
 from routing.decision import Decision, ExpertChoices, KeptTokens, TokenChoices
 from routing.decoder import Decoder, Modalities, Positions, Sharing
+from routing.forecast import Calibrated, Forecast, ForecastCrossEntropy, Predicted
 from routing.gate import FollowingGate, Gate
 from routing.intervene import Intervention
 from routing.layer import RoutedLayer, route_layer
@@ -48,6 +49,7 @@ __all__ = [
     "AuxLoss",
     "Between",
     "BothBranches",
+    "Calibrated",
     "CapacitySchedule",
     "Constant",
     "Decision",
@@ -59,6 +61,8 @@ __all__ = [
     "FeedForwardBranch",
     "FixedScores",
     "FollowingGate",
+    "Forecast",
+    "ForecastCrossEntropy",
     "Gate",
     "Intervention",
     "KeptTokens",
@@ -75,6 +79,7 @@ __all__ = [
     "PerLayer",
     "Placement",
     "Positions",
+    "Predicted",
     "ReceivedAttention",
     "RoutedKV",
     "RoutedLayer",

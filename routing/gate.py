@@ -42,15 +42,15 @@ class Gate:
         # One rounding, to the dtype the weight multiplies in: what is ranked by weight is ranked as it is used.
         weights_BTE = self.weighting(scores_BTE).to(x_BTD.dtype)
         share = self.share(tokens.progress)
+        given_BTE = scores_BTE
+        if self.selector.rule(tokens.phase).reads == "forecast":
+            assert forecast_BTE is not None
+            given_BTE = forecast_BTE
         if tape.intervention is None:
-            ranked_BTE = scores_BTE
-            if self.selector.rule(tokens.phase).reads == "forecast":
-                assert forecast_BTE is not None
-                ranked_BTE = forecast_BTE
-            decision = self.selector(ranked_BTE, weights_BTE, tokens, share)
+            decision = self.selector(given_BTE, weights_BTE, tokens, share)
         else:
             decision = tape.intervention(
-                scores_BTE, weights_BTE, self.site, self.weighting, self.selector, tokens, share
+                given_BTE, weights_BTE, self.site, self.weighting, self.selector, tokens, share
             )
         asked = None if self.kept(tokens) is None else share
         candidate_BT = self.selector.candidate_BT(tokens)

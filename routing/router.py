@@ -179,15 +179,22 @@ class TwoHeads(Router):
     def __init__(self, vision: Router, text: Router) -> None:
         super().__init__()
         self.vision, self.text = vision, text
-        self.normed = vision.normed
+        self.normed, self.forecasts = vision.normed, vision.forecasts and text.forecasts
         if vision.normed != text.normed:
             raise ValueError(
                 "ModalityRouter: one head reads the layer's input norm, the other does not; give both alike."
             )
 
     def forward(self, inputs: RouterInputs) -> Tensor:
+        return self._by_kind(inputs, self.vision(inputs), self.text(inputs))
+
+    def forecast(self, inputs: RouterInputs, scores_BTE: Tensor) -> Tensor | None:
+        vision, text = self.vision.forecast(inputs, scores_BTE), self.text.forecast(inputs, scores_BTE)
+        return None if vision is None or text is None else self._by_kind(inputs, vision, text)
+
+    def _by_kind(self, inputs: RouterInputs, vision_BTE: Tensor, text_BTE: Tensor) -> Tensor:
         vision_BT1 = (inputs.tokens.kind_BT == TokenKind.VISION)[..., None]
-        return torch.where(vision_BT1, self.vision(inputs), self.text(inputs))
+        return torch.where(vision_BT1, vision_BTE, text_BTE)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,19 @@ def gradients(model) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+def taught(model, tape, plugins: Mapping[str, RoutingPlugin]) -> set[str]:
+    """Parameters that the plugins' losses move where a router forecasts, which no other loss reaches."""
+    model.zero_grad()
+    with tape.recording() as records:
+        model.train()(**padded(ROWS), use_cache=False)
+    forecasts = [record for record in records if record.forecast_BTE is not None]
+    losses = [loss(record) for record in forecasts for loss in plugins[record.site.by].losses]
+    if not losses:
+        return set()
+    torch.stack(losses).sum().backward()
+    return {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+
+
 def prompts(rows: list[list[int]] = ROWS) -> dict[str, Tensor]:
     """Left-padded, without labels, with the positions that ``generate`` would give."""
     batch = padded(rows, "left")

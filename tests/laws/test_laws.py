@@ -25,6 +25,7 @@ from tests.laws.models import (
     questions,
     routed,
     steps,
+    taught,
     told,
 )
 from tests.laws.verdict import law, measured
@@ -155,8 +156,9 @@ def test_cached_decoding_equals_one_forward(plugins):
 
 @law("gradients")
 def test_every_router_that_can_matter_gets_a_gradient(plugins):
-    model, _ = routed(plugins)
+    model, tape = routed(plugins)
     moved = {name for name, gradient in gradients(model).items() if name.startswith("routers") and gradient.any()}
+    moved |= taught(model, tape, plugins)
     idle, end = (), len(model.get_decoder().layers) - 1
     for gate in gates(model):
         if gate.site.layer == end and not gate.selector.rule("train").candidates(one(TokenKind.QUESTION)):

@@ -13,8 +13,10 @@ from routing import (
     BothBranches,
     Constant,
     ExpertChoice,
+    Forecast,
     LinearRouter,
     MaskedThreshold,
+    Predicted,
     Router,
     RouterSpec,
     RoutingPlugin,
@@ -25,6 +27,7 @@ from routing import (
     TwoHeads,
     attach,
 )
+from routing.intervene import Swapped
 from tests.compare import ROWS, batch_of, routed, told
 from tests.tiny import tiny_llava
 
@@ -192,3 +195,29 @@ def test_a_bias_starts_where_it_is_told():
     assert router.network.bias.tolist() == [3.0]
     with pytest.raises(ValueError, match="start is the bias's, and there is none"):
         LinearRouter(bias=False, start=1.0)
+
+
+def test_two_heads_forecast_each_for_its_own_kind():
+    everyone = SelectBy(ExpertChoice(ALL), Forecast(ALL), Forecast(ALL))
+    model, _, tape = routed(MixtureOfDepths(router=Predicted(), modalities="separate", selector=everyone))
+    heads, shown = model.routers["depth"]["1"], []
+    heads.vision.predictor.register_forward_pre_hook(lambda _, args: shown.append(args[0]))
+    batch = batch_of("prefill")
+    with tape.about(told(batch)), tape.recording() as records, torch.no_grad():
+        model.eval()(**batch, use_cache=False)
+        vision, text = heads.vision.predictor(shown[0]), heads.text.predictor(shown[0])
+    for token in range(batch["input_ids"].shape[1]):
+        for row in range(len(ROWS)):
+            seen = records[0].tokens.kind_BT[row, token] == TokenKind.VISION
+            assert records[0].forecast_BTE[row, token] == (vision if seen else text)[row, token]
+
+
+@torch.no_grad()
+def test_a_choice_swapped_for_ones_own_changes_no_rule_that_reads_a_forecast():
+    everyone = SelectBy(ExpertChoice(ALL), Forecast(ALL), Forecast(ALL))
+    model, _, tape = routed(MixtureOfDepths(router=Predicted(), selector=everyone))
+    batch, answers = batch_of("prefill"), []
+    for intervention in (None, Swapped(torch.arange(len(ROWS)))):
+        with tape.about(told(batch)), tape.intervening(intervention):
+            answers.append(model.eval()(**batch, use_cache=False).logits)
+    assert torch.equal(*answers)

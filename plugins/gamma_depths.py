@@ -138,12 +138,22 @@ class PrefixTopK(Selector):
         return math.ceil(length * (1 - (1 - capacity) * self.prefix / length))
 
     def __call__(self, scores_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens, capacity: float) -> KeptTokens:
+        if tokens.phase != "train":
+            raise ValueError(
+                "PrefixTopK is the released code's rule for training, and takes padding in.\nAllowed: as train of a"
+                " SelectBy.\nGive thresholds for prefill and decode, as that code has."
+            )
         weights_BT, length = weights_BTE[..., 0], weights_BTE.shape[1]
         behind_T = torch.arange(length, device=weights_BT.device) >= self.prefix
         count = self.count(length, capacity)
         best_BK = (weights_BT.detach() + behind_T.to(weights_BT.dtype)).topk(count, dim=1).indices
         keep_BT = torch.zeros_like(tokens.valid_BT).scatter(1, best_BK, True)
         return KeptTokens.of(keep_BT, weights_BT, count)
+
+    def candidate_BT(self, tokens: Tokens) -> Tensor:
+        """Real tokens of the prefix, which compete where the batch is longer than it."""
+        places_T = torch.arange(tokens.shape[1], device=tokens.kind_BT.device)
+        return tokens.valid_BT & (places_T < self.prefix) & (tokens.shape[1] > self.prefix)
 
     def kept(self, tokens: Tokens, capacity: float) -> tuple[int, ...]:
         rows, length = tokens.shape
@@ -198,7 +208,7 @@ class GammaDepths(RoutingPlugin):
     Args:
         placement: Routed layers: all but the first three and the last as released, or what ``lit arank`` prints.
         capacity: Share of a row's tokens that enter in training, protected ones included: 0.66 is the paper's 34 %
-            skipped, 0.49 its 51 %. Thresholds follow no capacity.
+            skipped, 0.49 its 51 %. Thresholds follow no capacity; to ``PrefixTopK`` it is the share of the prefix.
         router: How tokens are scored; ``SkipOrKeep`` reads the output of the layer's input norm.
         sharing: One router for all layers, or one for each.
         modalities: One router for vision and text, or one for each.

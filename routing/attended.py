@@ -86,17 +86,18 @@ class KeptFeedForward(nn.Module):
         )
 
 
-def route_attended(layer: nn.Module, mlp: nn.Module, gate: Gate, merge: Merge) -> nn.Module:
-    """Routes a live decoder layer in place as ``route_layer`` does; passed tokens are attended to.
-
-    Raises:
-        ValueError: a merge that scales the feed-forward branch, which is not defined here.
-    """
+def check_attended(merge: Merge) -> None:
+    """Raises ValueError for a merge that scales the feed-forward branch, which is not defined here."""
     if merge.scales_mlp:
         raise ValueError(
             f"{type(merge).__name__} scales the feed-forward branch, which a layer whose passed tokens are attended to"
             " does not offer. Use WholeBlock."
         )
+
+
+def route_attended(layer: nn.Module, mlp: nn.Module, gate: Gate, merge: Merge) -> nn.Module:
+    """Routes a live decoder layer in place as ``route_layer`` does; passed tokens are attended to."""
+    check_attended(merge)
     layer.__class__, mlp.__class__ = mixed(AttendedLayer, type(layer)), mixed(KeptFeedForward, type(mlp))
     layer.gate, layer.merge, layer.branch = gate, merge, None  # type: ignore[assignment]
     mlp.slots = layer.slots = KeptSlots()  # type: ignore[assignment]

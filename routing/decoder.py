@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from routing.attended import AttendedLayer, route_attended
+from routing.attended import AttendedLayer, check_attended, route_attended
 from routing.attention import Observer, Queries, observe
 from routing.capacity import CapacitySchedule
 from routing.gate import FollowingGate, Gate
@@ -20,7 +20,7 @@ from routing.layer import RoutedLayer, route_layer
 from routing.merge import Merge
 from routing.placement import Placement
 from routing.positions import CompactPositions
-from routing.router import ModalityRouter, Router, RouterSpec
+from routing.router import Router, RouterSpec
 from routing.select import Selector, check_both_routed, check_forecast
 from routing.tape import Part, RoutingTape, Site
 from routing.weighting import Weighting
@@ -66,6 +66,7 @@ class Decoder:
         self._by = ""
         self._built: dict[tuple[str, str], tuple[RouterSpec, int]] = {}
         self._claims: dict[tuple[int, Part], tuple[Site, Wrap]] = {}
+        self.gates: list[Gate] = []
         self._observed: dict[int, tuple[Queries, str]] = {}
 
     def __len__(self) -> int:
@@ -101,10 +102,16 @@ class Decoder:
                 " positions: compact: passed_give 'nothing'.\nGive positions: original."
             )
 
+        self.mlp(self.layers[site.layer])  # what cannot be carried out is refused before anything is
+        if merge.scales_attention:
+            self.attention(self.layers[site.layer])
+        if passed_give == "keys_and_values":
+            check_attended(merge)
+
         def wrap(layer: nn.Module, _: Site) -> nn.Module:
             if passed_give == "keys_and_values":
                 return route_attended(layer, self.mlp(layer), gate, merge)
-            attending: nn.Module = getattr(layer, _name(layer, ATTENTION_NAMES))
+            attending = self.attention(layer) if merge.scales_attention else None
             force = self.attention_in_force
             return route_layer(layer, self.mlp(layer), gate, merge, force, attending=attending, positions=numbering)
 
@@ -116,7 +123,8 @@ class Decoder:
         asks = inspect.signature(rotary.forward).parameters if isinstance(rotary, nn.Module) else {}
         config = self.model.config.get_text_config()
         said = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-        if not isinstance(rotary, nn.Module) or list(asks) != ["x", "position_ids"] or "mrope_section" in said:
+        several = "mrope_section" in said or hasattr(self.model.base_model, "get_rope_index")
+        if not isinstance(rotary, nn.Module) or list(asks) != ["x", "position_ids"] or several:
             raise ValueError(
                 f"Plugin {site.by!r} numbers kept tokens anew (positions: compact), and {type(self.model).__name__} has"
                 " no rotary embedding of one position a token (M-RoPE counts three).\nAllowed: positions original here;"
@@ -164,14 +172,15 @@ class Decoder:
         """
         if modalities == "separate":
             check_both_routed(site.by, selector)
-            router = ModalityRouter(router, router)
+            router = router.for_each_modality()
         built = self.router(router, site, sharing)
         check_forecast(site.by, selector, built)
         if built.attends:
             self._observe(site, built.attends)
         layer = self.layers[site.layer]
         norm: nn.Module | None = getattr(layer, _name(layer, NORM_NAMES)) if built.normed else None
-        return Gate(site, built, weighting, selector, capacity, self.tape, norm=norm)
+        self.gates.append(Gate(site, built, weighting, selector, capacity, self.tape, norm=norm))
+        return self.gates[-1]
 
     def follow(self, site: Site, leader: Gate) -> Gate:
         """The decision of an earlier site, repeated at this one: what was dropped stays dropped."""
@@ -187,6 +196,7 @@ class Decoder:
                 " placement start at layer 1 or later."
             )
         known = self._observed.setdefault(site.layer - 1, (queries, site.by))
+        self.attention(self.layers[site.layer - 1])
         if known[0] != queries:
             raise ValueError(
                 f"Plugins {known[1]!r} and {site.by!r} watch the attention of layer {site.layer - 1} for unlike"
@@ -238,6 +248,11 @@ class Decoder:
         found: nn.Module = getattr(layer, _name(layer, MLP_NAMES))
         return found
 
+    def attention(self, layer: nn.Module) -> nn.Module:
+        """The attention of a decoder layer."""
+        found: nn.Module = getattr(layer, _name(layer, ATTENTION_NAMES))
+        return found
+
     def _claim(self, site: Site, part: Part, wrap: Wrap) -> None:
         other = self._claims.get((site.layer, part))
         if other is not None:
@@ -261,7 +276,7 @@ class Decoder:
                     setattr(layer, name, wrap(getattr(layer, name), site))
         for index, (queries, _) in self._observed.items():
             layer = self.layers[index]
-            attention = getattr(layer, _name(layer, ATTENTION_NAMES))
+            attention = self.attention(layer)
             cut = isinstance(layer, RoutedLayer) and not isinstance(layer, AttendedLayer)
             observe(attention, Observer(self.tape, index, queries, self.attention_in_force, cut))
 

@@ -6,17 +6,19 @@ Shape suffixes: B batch, T tokens, E scores of a token (1, as layers are routed 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from routing.gate import Gate
 from routing.loss import AuxLoss
 from routing.router import LinearRouter, MLPRouter, Router, RouterInputs, RouterSpec
 from routing.select import DepthSelector
 from routing.tape import RoutingRecord
-from routing.tokens import Tokens
+from routing.tokens import Phase, Tokens
 
 MOST_LAYERS = 256  # one router may serve all layers, and is built before anybody tells how many there are
 
@@ -68,6 +70,9 @@ class Predicted(RouterSpec):
 
     def build(self, dim: int, experts: int) -> Router:
         return PredictedRouter(self.router.build(dim, experts), MLPRouter(self.hidden).build(dim, 1))
+
+    def for_each_modality(self) -> RouterSpec:
+        return replace(self, router=self.router.for_each_modality())
 
 
 class CalibratedRouter(ForecastingRouter):
@@ -140,6 +145,9 @@ class Calibrated(RouterSpec):
     def build(self, dim: int, experts: int) -> Router:
         return CalibratedRouter(self.router.build(dim, experts))
 
+    def for_each_modality(self) -> RouterSpec:
+        return replace(self, router=self.router.for_each_modality())
+
 
 @dataclass(frozen=True)
 class Forecast(DepthSelector):
@@ -189,6 +197,27 @@ class ForecastCrossEntropy(AuxLoss):
                 f"ForecastCrossEntropy: the router of layer {record.site.layer} (plugin {record.site.by!r}) makes no"
                 " forecast.\nAllowed: a router that learns one.\nGive `router: Predicted`, or leave this loss out."
             )
+        if torch.is_grad_enabled() and not forecast_BT1.requires_grad:
+            raise ValueError(
+                f"ForecastCrossEntropy: the forecast of layer {record.site.layer} (plugin {record.site.by!r}) is"
+                " measured, not learned.\nAllowed: a router that learns one.\nGive `router: Predicted`, or leave this"
+                " loss out."
+            )
         target_BT1 = record.decision.routed_BTE(forecast_BT1.shape[1], 1).to(forecast_BT1.dtype)
         loss_BT = F.binary_cross_entropy_with_logits(forecast_BT1, target_BT1, reduction="none")[..., 0]
         return loss_BT.masked_fill(~record.candidate_BT, 0).sum() / record.candidate_BT.sum().clamp_min(1)
+
+
+def check_taught(by: str, losses: Iterable[AuxLoss], gates: Iterable[Gate]) -> None:
+    """Raises ValueError if a rule reads the forecast of a predictor that no loss teaches."""
+    phases: tuple[Phase, ...] = ("prefill", "decode")
+    read = any(
+        isinstance(gate.router, PredictedRouter) and gate.selector.rule(phase).reads == "forecast"
+        for gate in gates
+        for phase in phases
+    )
+    if read and not any(isinstance(loss, ForecastCrossEntropy) for loss in losses):
+        raise ValueError(
+            f"Plugin {by!r}: its rules of inference read a predictor (router: Predicted) that no loss teaches.\n"
+            "Allowed: with ForecastCrossEntropy among its losses.\nGive losses: [{class_path: ForecastCrossEntropy}]."
+        )

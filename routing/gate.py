@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from routing.capacity import CapacitySchedule
 from routing.decision import Decision
@@ -35,15 +37,16 @@ class Gate:
         """Decides for the hidden states that enter the site, (batch, tokens, width)."""
         tokens, tape = self.known(), self.tape
         attention_BT = tape.attention.get(self.site.layer - 1) if self.router.attends else None
-        read_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
-        inputs = RouterInputs(read_BTD, tokens, tape.earlier, self.site, attention_BT)
-        scores_BTE = self.router(inputs)
-        forecast_BTE = self.router.forecast(inputs, scores_BTE) if self.router.forecasts else None
+        rule = self.selector.rule(tokens.phase)
+        foresees = self.router.forecasts and (tokens.phase == "train" or rule.reads == "forecast")
+        scores_BTE, forecast_BTE = self._asked(
+            x_BTD, RouterInputs(x_BTD, tokens, tuple(tape.earlier), self.site, attention_BT), foresees
+        )
         # One rounding, to the dtype the weight multiplies in: what is ranked by weight is ranked as it is used.
         weights_BTE = self.weighting(scores_BTE).to(x_BTD.dtype)
         share = self.share(tokens.progress)
         given_BTE = scores_BTE
-        if self.selector.rule(tokens.phase).reads == "forecast":
+        if rule.reads == "forecast":
             assert forecast_BTE is not None
             given_BTE = forecast_BTE
         if tape.intervention is None:
@@ -60,6 +63,25 @@ class Gate:
             )
         )
         return decision
+
+    def _asked(self, x_BTD: Tensor, inputs: RouterInputs, foresees: bool) -> tuple[Tensor, Tensor | None]:
+        """The router's scores, and its forecast where one is read."""
+        if self.norm is None:
+            return self._ask(x_BTD, inputs, foresees)
+        # The norm's product and its float32 copy are as large as the residual stream, and stand outside what activation
+        # checkpointing replays: a gate replays them itself, as cheaply as a norm.
+        if torch.is_grad_enabled() and x_BTD.requires_grad:
+            scores_BTE, forecast_BTE = checkpoint(
+                self._ask, x_BTD, inputs, foresees, use_reentrant=False, preserve_rng_state=False
+            )
+            return scores_BTE, forecast_BTE
+        return self._ask(x_BTD, inputs, foresees)
+
+    def _ask(self, x_BTD: Tensor, inputs: RouterInputs, foresees: bool) -> tuple[Tensor, Tensor | None]:
+        if self.norm is not None:
+            inputs = replace(inputs, x_BTD=self.norm(x_BTD))
+        scores_BTE: Tensor = self.router(inputs)
+        return scores_BTE, self.router.forecast(inputs, scores_BTE) if foresees else None
 
     def known(self) -> Tokens:
         """The facts about the tokens of the forward that runs now."""

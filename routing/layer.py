@@ -235,7 +235,8 @@ def route_layer(
     layer.gate, layer.merge, layer.branch = gate, merge, None  # type: ignore[assignment]
     layer.attention, layer.positions = attention, positions  # type: ignore[assignment]
     scaled: list[tuple[nn.Module, type[nn.Module]]] = [(mlp, WeightedBranch)] if merge.scales_mlp else []
-    if merge.scales_attention and attending is not None:
+    if merge.scales_attention:
+        assert attending is not None
         scaled.append((attending, WeightedAttention))
     for part, mixin in scaled:
         part.__class__ = mixed(mixin, type(part))

@@ -15,6 +15,7 @@ from typing import TypeVar
 from transformers import PreTrainedModel
 
 from routing.decoder import Decoder
+from routing.forecast import check_taught
 from routing.loss import AuxLoss
 from routing.observer import TokenObserver
 from routing.plugin_files import file_of
@@ -129,6 +130,7 @@ def attach(model: PreTrainedModel, plugins: Mapping[str, RoutingPlugin]) -> Rout
         for name, plugin in enabled.items():
             with decoder.claiming(name):
                 plugin.apply(decoder)
+            check_taught(name, plugin.losses, [gate for gate in decoder.gates if gate.site.by == name])
     except Exception:  # nothing is claimed by halves
         if hasattr(model, "routers"):
             del model.routers

@@ -66,6 +66,10 @@ class RouterSpec(ABC):
     def build(self, dim: int, experts: int) -> Router:
         """A router from ``dim`` features to ``experts`` scores."""
 
+    def for_each_modality(self) -> RouterSpec:
+        """One like this for vision tokens, and one for all others."""
+        return ModalityRouter(self, self)
+
 
 def _linear(dim: int, out: int, *, bias: bool, std: float, start: float = 0.0) -> nn.Linear:
     linear = nn.Linear(dim, out, bias=bias, dtype=torch.float32)
@@ -179,22 +183,16 @@ class TwoHeads(Router):
     def __init__(self, vision: Router, text: Router) -> None:
         super().__init__()
         self.vision, self.text = vision, text
-        self.normed, self.forecasts = vision.normed, vision.forecasts and text.forecasts
-        if vision.normed != text.normed:
+        self.normed, self.attends = vision.normed, vision.attends or text.attends
+        if vision.normed != text.normed or {vision.attends, text.attends} == {"last", "all"}:
             raise ValueError(
-                "ModalityRouter: one head reads the layer's input norm, the other does not; give both alike."
+                "ModalityRouter: its heads read unlike things, a layer's input or its norm, or the attention of the"
+                " last token or of all.\nAllowed: heads that read the same.\nGive both alike."
             )
 
     def forward(self, inputs: RouterInputs) -> Tensor:
-        return self._by_kind(inputs, self.vision(inputs), self.text(inputs))
-
-    def forecast(self, inputs: RouterInputs, scores_BTE: Tensor) -> Tensor | None:
-        vision, text = self.vision.forecast(inputs, scores_BTE), self.text.forecast(inputs, scores_BTE)
-        return None if vision is None or text is None else self._by_kind(inputs, vision, text)
-
-    def _by_kind(self, inputs: RouterInputs, vision_BTE: Tensor, text_BTE: Tensor) -> Tensor:
         vision_BT1 = (inputs.tokens.kind_BT == TokenKind.VISION)[..., None]
-        return torch.where(vision_BT1, vision_BTE, text_BTE)
+        return torch.where(vision_BT1, self.vision(inputs), self.text(inputs))
 
 
 @dataclass(frozen=True)
@@ -211,3 +209,9 @@ class ModalityRouter(RouterSpec):
 
     def build(self, dim: int, experts: int) -> Router:
         return TwoHeads(self.vision.build(dim, experts), self.text.build(dim, experts))
+
+    def for_each_modality(self) -> RouterSpec:
+        raise ValueError(
+            "router: ModalityRouter has a head for vision and one for text already, and modalities: separate would give"
+            " it two of each.\nAllowed: one of the two.\nLeave modalities out, or give its head as the router."
+        )

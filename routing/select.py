@@ -272,7 +272,7 @@ class SelectBy(Selector):
         return all(rule.batch_independent for rule in (self.train, self.prefill, self.decode))
 
     def rule(self, phase: Phase) -> Selector:
-        return {"train": self.train, "prefill": self.prefill, "decode": self.decode}[phase]
+        return {"train": self.train, "prefill": self.prefill, "decode": self.decode}[phase].rule(phase)
 
     def __call__(self, scores_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens, capacity: float) -> Decision:
         return self.rule(tokens.phase)(scores_BTE, weights_BTE, tokens, capacity)
@@ -303,6 +303,12 @@ def check_both_routed(by: str, selector: Selector) -> None:
 
 def check_forecast(by: str, selector: Selector, router: Router) -> None:
     """Raises ValueError if a phase's rule reads a forecast that the router does not make."""
+    if selector.rule("train").reads == "forecast":
+        raise ValueError(
+            f"Plugin {by!r}: {type(selector.rule('train')).__name__} stands in for a rule that ranks, and in training"
+            " there would be none to learn or to measure it by.\nAllowed: in prefill and decode.\nGive a SelectBy with"
+            " train: ExpertChoice."
+        )
     phases: tuple[Phase, ...] = ("train", "prefill", "decode")
     for rule in [selector.rule(phase) for phase in phases if not router.forecasts]:
         if rule.reads == "forecast":

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
 
 from routing.decision import Decision
-from routing.tokens import Tokens
+from routing.tokens import TokenKind, Tokens
 
 if TYPE_CHECKING:
     from routing.intervene import Intervention
@@ -70,11 +71,27 @@ class RoutingRecord:
 
     @cached_property
     def foreseen_BT(self) -> Tensor | None:
-        """True at the tokens that the rule of decoding would let in, bool (B, T); None if it is the rule in force."""
-        if self.selector is None or self.weights_BTE is None:
+        """True at the tokens that the rules of inference would let in, bool (B, T); None if they are the one in force.
+
+        A prompt's tokens are those of ``prefill``, answers those of ``decode``.
+        """
+        if self.selector is None or self.tokens.phase != "train":
             return None
-        rule = self.selector.rule("decode")
-        if self.selector.rule(self.tokens.phase).decides_like(rule) or not rule.causal:
+        prompt_BT, answer_BT = self._under(self.selector.rule("prefill")), self._under(self.selector.rule("decode"))
+        if prompt_BT is None and answer_BT is None:
+            return None
+        in_force_BT = self.decision.routed_BTE(self.tokens.shape[1], 1)[..., 0]
+        answers_BT = self.tokens.kind_BT == TokenKind.ANSWER
+        return torch.where(
+            answers_BT,
+            in_force_BT if answer_BT is None else answer_BT,
+            in_force_BT if prompt_BT is None else prompt_BT,
+        )
+
+    def _under(self, rule: Selector) -> Tensor | None:
+        """What a rule would let in; None where that is what the one in force does, or it reads what is not known."""
+        assert self.selector is not None and self.weights_BTE is not None
+        if self.selector.rule("train").decides_like(rule):
             return None
         read_BTE = self.forecast_BTE if rule.reads == "forecast" else self.scores_BTE
         share = 1.0 if self.capacity is None else self.capacity

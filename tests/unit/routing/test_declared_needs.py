@@ -6,17 +6,23 @@ import pytest
 import torch
 from torch import nn
 
+from plugins.gamma_depths import SkipOrKeep
 from plugins.mixture_of_depths import MixtureOfDepths
 from plugins.progressive_depths import ProgressiveDepths
 from routing import (
+    All,
     Between,
     BothBranches,
+    Calibrated,
     Constant,
     ExpertChoice,
     Forecast,
+    ForecastCrossEntropy,
     LinearRouter,
     MaskedThreshold,
+    ModalityRouter,
     Predicted,
+    ReceivedAttention,
     Router,
     RouterSpec,
     RoutingPlugin,
@@ -34,6 +40,7 @@ from tests.tiny import tiny_llava
 TEXT = (TokenKind.SYSTEM, TokenKind.QUESTION, TokenKind.ANSWER)
 ALL = (TokenKind.VISION, *TEXT)
 PRODUCTION = LinearRouter(std=0.5)
+FORESEEN = SelectBy(ExpertChoice(ALL), Forecast(ALL), Forecast(ALL))
 
 
 class Reader(Router):
@@ -65,7 +72,7 @@ def test_a_router_that_asks_for_it_reads_its_layers_own_norm():
     out.loss.backward()
     (reader,) = model.routers["depth"].values()
     layers = [1, 3, 5, 7]
-    for layer, read in zip(layers, reader.read, strict=True):
+    for layer, read in zip(layers, reader.read[:4], strict=True):  # what follows are replays
         norm = dense.get_decoder().layers[layer].input_layernorm
         torch.testing.assert_close(read, norm(out.hidden_states[layer]))
         assert model.get_decoder().layers[layer].gate.norm.weight.grad.any()
@@ -151,7 +158,7 @@ class Foreseeing(Threshold):
 
 def test_a_rule_that_reads_a_forecast_needs_a_router_that_makes_one():
     with pytest.raises(ValueError, match="Foreseeing reads a forecast, and the router makes none"):
-        attach(tiny_llava(), {"depth": MixtureOfDepths(selector=Foreseeing())})
+        attach(tiny_llava(), {"depth": MixtureOfDepths(selector=SelectBy(ExpertChoice(), Foreseeing(), Foreseeing()))})
 
 
 class Telling(Reader):
@@ -178,10 +185,11 @@ class Positive(Threshold):
 
 
 def test_such_a_rule_is_given_the_forecast_and_the_weights_of_the_scores():
-    model, _, tape = routed(MixtureOfDepths(router=Told(), selector=Positive()))
-    batch = batch_of("train")
+    selector = SelectBy(ExpertChoice(), Positive(), Positive())
+    model, _, tape = routed(MixtureOfDepths(router=Told(), selector=selector))
+    batch = batch_of("prefill")
     with tape.about(told(batch)), tape.recording() as records, torch.no_grad():
-        model.train()(**batch, use_cache=False)
+        model.eval()(**batch, use_cache=False)
     for record in records:
         kept = record.decision.keep_BT() & record.candidate_BT
         assert torch.equal(kept, (record.scores_BTE[..., 0] < 0) & record.candidate_BT) and kept.any()
@@ -197,25 +205,87 @@ def test_a_bias_starts_where_it_is_told():
         LinearRouter(bias=False, start=1.0)
 
 
-def test_two_heads_forecast_each_for_its_own_kind():
-    everyone = SelectBy(ExpertChoice(ALL), Forecast(ALL), Forecast(ALL))
-    model, _, tape = routed(MixtureOfDepths(router=Predicted(), modalities="separate", selector=everyone))
-    heads, shown = model.routers["depth"]["1"], []
-    heads.vision.predictor.register_forward_pre_hook(lambda _, args: shown.append(args[0]))
+@pytest.mark.parametrize("spec", [Predicted, Calibrated])
+def test_a_forecast_for_two_scorers_is_one(spec):
+    forecasts = {"losses": (ForecastCrossEntropy(),)} if spec is Predicted else {}
+    plugin = MixtureOfDepths(router=spec(), modalities="separate", selector=FORESEEN, **forecasts)
+    model, _, tape = routed(plugin)
+    router = model.routers["depth"]["1"]
+    assert router.forecasts and isinstance(router.scorer, TwoHeads)
     batch = batch_of("prefill")
     with tape.about(told(batch)), tape.recording() as records, torch.no_grad():
         model.eval()(**batch, use_cache=False)
-        vision, text = heads.vision.predictor(shown[0]), heads.text.predictor(shown[0])
-    for token in range(batch["input_ids"].shape[1]):
-        for row in range(len(ROWS)):
-            seen = records[0].tokens.kind_BT[row, token] == TokenKind.VISION
-            assert records[0].forecast_BTE[row, token] == (vision if seen else text)[row, token]
+    assert all(record.forecast_BTE is not None for record in records)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "said"),
+    [
+        (MixtureOfDepths(router=Predicted(), selector=FORESEEN), r"that no loss teaches.\nAllowed: with Forecast"),
+        (MixtureOfDepths(router=Predicted(), selector=Forecast(ALL)), r"in training there would be none to learn"),
+        (MixtureOfDepths(router=ModalityRouter(), modalities="separate", selector=ExpertChoice(ALL)), "two of each"),
+    ],
+)
+def test_what_would_never_learn_is_refused(plugin, said):
+    with pytest.raises(ValueError, match=said):
+        attach(tiny_llava(), {"depth": plugin})
+
+
+def test_a_forecast_that_is_measured_has_no_loss():
+    model, _, tape = routed(MixtureOfDepths(router=Calibrated(), selector=FORESEEN))
+    with tape.recording() as records:
+        model.train()(**batch_of("train"), use_cache=False)
+    with pytest.raises(ValueError, match="is measured, not learned"):
+        ForecastCrossEntropy()(records[0])
+
+
+def test_heads_that_read_attention_say_so():
+    seen = MixtureOfDepths(router=ReceivedAttention("all"), modalities="separate", selector=ExpertChoice(ALL))
+    model, _, tape = routed(seen)
+    with tape.recording() as records, torch.no_grad():
+        model.train()(**batch_of("train"), use_cache=False)
+    assert model.routers["depth"]["1"].attends == "all" and len(records) == 4
+
+
+def whole_tensors(router):
+    """How many tensors as large as the residual stream a forward keeps under activation checkpointing."""
+    model, _, tape = routed(MixtureOfDepths(placement=All(), router=router, selector=ExpertChoice()))
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    batch, kept = batch_of("train"), set()
+    whole = torch.Size((*batch["input_ids"].shape, 32))
+
+    def keep(tensor):
+        if tensor.shape == whole:
+            kept.add(tensor.data_ptr())
+        return tensor
+
+    with tape.about(told(batch)), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(**batch, use_cache=False)
+    return len(kept)
+
+
+def test_a_normed_router_keeps_no_more_for_the_backward_pass_than_another_under_checkpointing():
+    assert whole_tensors(SkipOrKeep()) <= whole_tensors(PRODUCTION) + 1
+
+
+def test_rules_inside_rules_are_found():
+    inner = SelectBy(ExpertChoice(ALL), Forecast(ALL), Forecast(ALL))
+    assert SelectBy(ExpertChoice(ALL), inner, inner).rule("decode").reads == "forecast"
+
+
+def test_nothing_is_swapped_where_anything_is_refused():
+    model = tiny_llava()
+    model.get_decoder().layers[3].self_attn = None
+    with pytest.raises(ValueError, match="has none of self_attn, attention"):
+        attach(model, {"depth": Scaled()})
+    assert not hasattr(model, "routers")
+    attach(model, {"depth": MixtureOfDepths()})  # who scales no attention needs to find none
 
 
 @torch.no_grad()
 def test_a_choice_swapped_for_ones_own_changes_no_rule_that_reads_a_forecast():
-    everyone = SelectBy(ExpertChoice(ALL), Forecast(ALL), Forecast(ALL))
-    model, _, tape = routed(MixtureOfDepths(router=Predicted(), selector=everyone))
+    plugin = MixtureOfDepths(router=Predicted(), selector=FORESEEN, losses=(ForecastCrossEntropy(),))
+    model, _, tape = routed(plugin)
     batch, answers = batch_of("prefill"), []
     for intervention in (None, Swapped(torch.arange(len(ROWS)))):
         with tape.about(told(batch)), tape.intervening(intervention):

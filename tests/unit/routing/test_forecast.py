@@ -45,6 +45,7 @@ def inputs_at(layer: int = 1, phase: str = "train", dtype: torch.dtype = torch.f
 def routed(router, layers: int = 4, selector=BY_FORECAST, **settings):
     model = tiny_llava(layers)
     torch.manual_seed(1)
+    settings["losses"] = (ForecastCrossEntropy(),) if isinstance(router, Predicted) else ()
     return model, attach(model, {"depth": MixtureOfDepths(router=router, selector=selector, **settings)})
 
 
@@ -100,7 +101,7 @@ def test_a_probability_is_needed(p):
 
 
 def test_the_loss_is_the_mean_over_candidates_of_what_a_loop_sums():
-    forecast_BT1 = torch.randn(2, 6, 1, generator=torch.Generator().manual_seed(3))
+    forecast_BT1 = torch.randn(2, 6, 1, generator=torch.Generator().manual_seed(3)).requires_grad_()
     keep_BT, candidate_BT = torch.rand(2, 6) > 0.5, TOKENS.mask((V, A))
     decision = KeptTokens.of(keep_BT & TOKENS.valid_BT, torch.ones(2, 6), 6)
     site = Site(3, 8, "layer", "depth")

@@ -92,10 +92,8 @@ def test_a_router_is_shown_its_site_the_earlier_records_and_no_attention_it_did_
     x = torch.zeros(*TOKENS.shape, 8)
     first(x), second(x)
     assert [shown.site for shown in router.shown] == [first.site, second.site]
-    assert router.shown[1].records is tape.earlier and [record.site for record in tape.earlier] == [
-        first.site,
-        second.site,
-    ]
+    assert [record.site for record in router.shown[1].records] == [first.site]  # in a replay too
+    assert [record.site for record in tape.earlier] == [first.site, second.site]
     assert all(shown.attention_BT is None for shown in router.shown)
     router.attends = "all"
     assert second(x) and router.shown[-1].attention_BT is tape.attention[3]

@@ -18,7 +18,8 @@ SECTIONS = ("model", "data", "trainer", "seed_everything", "ckpt_path")
 
 # Lines of jsonargparse's nested report that say nothing to the person who made the mistake.
 NOISE = re.compile(
-    r"^(Does not validate|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but|$)"
+    r"^(Does not validate|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but|$"
+    r"|Subclass types expect|a class path \(|a dict with)"
 )
 STEP = re.compile(r"^(?:- )?(?:Parser key \"(?P<key>[^\"]+)\"|Problem with given class_path '(?P<cls>[^']+)'):\s*")
 
@@ -64,7 +65,10 @@ def explain(message: str, options: Iterable[str] = (), bases: Mapping[str, type]
     if not re.search(r"Parser key|Does not validate|^(Subcommand|unrecognized|Expected|Option|Key)", message):
         return "\n".join(line[:500] for line in message.splitlines()[:LONGEST])
     known = [option for option in options if not option.endswith(".help")]
-    found = [_answer(leaf, known, bases or {}) for leaf in leaves(message)]
+    complaints = list(leaves(message))
+    # Of a union's alternatives, the one that came furthest into the value is the one that was meant.
+    meant = [leaf for leaf in complaints if not any(deeper(other, leaf) for other in complaints)]
+    found = [_answer(leaf, known, bases or {}) for leaf in meant]
     # Of a union's complaints, the one about a class says most.
     found = [answer for answer in found if "there is no" in answer.problem] or found
     lines = []
@@ -84,6 +88,11 @@ def _once(text: str) -> str:
         key = re.match(r"[a-z]\w*(\.\w+)*: ", line)
         head = key[0] if key else ""
     return "\n".join(lines)
+
+
+def deeper(one: Leaf, other: Leaf) -> bool:
+    """Whether ``one`` lies inside what ``other`` is about."""
+    return len(one.keys) > len(other.keys) and one.keys[: len(other.keys)] == other.keys
 
 
 def leaves(message: str) -> Iterator[Leaf]:
@@ -123,10 +132,24 @@ def _answer(leaf: Leaf, options: Sequence[str], bases: Mapping[str, type]) -> An
         return Answer(f"there is no section {section!r}.", *_offer(section, SECTIONS))
     if match := re.match(r"unrecognized arguments: (\S+)", leaf.text):
         return Answer(f"there is no option {match[1]!r}.", *_offer(match[1].partition("=")[0], options))
+    if match := re.match(r"Unexpected import path format: (.+)", leaf.text):
+        base = _base(leaf, bases)
+        listed = _offer("", concrete(base))[0]
+        return Answer(f"{where}{match[1]!r} names no {_name(base)}.", listed, "Give {class_path: …, init_args: {…}}.")
+    if match := re.match(r"Expected a member of <enum '\w+'>: \{(.+)\}\. Got value: (.+)", leaf.text):
+        return Answer(f"{where}there is no {match[2]!r}.", *_offer(match[2], match[1].split(",")))
     if match := re.match(
         r"Expected an? (?:typing\.Literal\[|<class ')?([^>]+?)(?:'>|\])?\. Got value: (.+)", leaf.text
     ):
-        return Answer(f"{where}{match[2]!r} is not allowed.", match[1], "Give one of these.")
+        allowed = {"tuple": "a list, as [a, b]"}.get(match[1], match[1])
+        return Answer(f"{where}{match[2]!r} is not allowed.", allowed, "Give one of these.")
+    if match := re.match(r"Not a valid subclass of (\w+)\. Got value: (.+)", leaf.text):
+        base = _base(leaf, bases)
+        return Answer(
+            f"{where}what is given does not say which {match[1]}.",
+            _offer("", concrete(base))[0],
+            "Give {class_path: …, init_args: {…}}; behind a config that has one, init_args alone.",
+        )
     if match := re.match(r"the following arguments are required: (.+)", leaf.text):
         return Answer(
             f"{where}{match[1]} is missing.", "", "Give it, or a --config that does: configs/quickstart.yaml."

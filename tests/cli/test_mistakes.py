@@ -54,12 +54,28 @@ AT_BUILDING = {
     "--trainer.precision=bf16-true": ("bf16-true", "32-true, 64-true, bf16-mixed", "Use bf16-mixed"),
 }
 
+GAMMA = (
+    "{class_path: GammaDepths, init_args: {selector: {class_path: SelectBy, init_args: {train: {class_path: MaskedTopK,"
+    " init_args: {%s}}}}}}"
+)
+
 IN_YAML = {
     "modle: {class_path: RoutedVLM}": ("modle", "model", "Did you mean"),
     "model: {init_args: {plugin: {a: {class_path: ProgressiveDepths}}}}": ("plugin", "plugins", "Did you mean"),
     "model: {init_args: {plugins: {a: {class_path: ProgressveDepths}}}}": ("Progressve", "Progressive", "Did you mean"),
     "trainer: {max_epoch: 3}": ("max_epoch", "max_epochs", "Did you mean"),
     "model: {init_args: {generation: {max_tokens: 3}}}": ("max_tokens", "max_new_tokens", "Did you mean"),
+    "model: {init_args: {plugins: {a: {class_path: ProgressiveDepths, init_args: {capacity: 0.5}}}}}": (
+        "'0.5' names no CapacitySchedule",
+        "Constant, Linear",
+        "Give {class_path: …",
+    ),
+    f"model: {{init_args: {{plugins: {{a: {GAMMA % 'protect: [QUESTIONS]'}}}}}}}": (
+        "selector.train.protect: there is no 'QUESTIONS'",
+        "PAD, SYSTEM",
+        "Did you mean 'QUESTION'?",
+    ),
+    f"model: {{init_args: {{plugins: {{a: {GAMMA % 'protect: none'}}}}}}}": ("'none' is not allowed", "a list", "Give"),
     "model: {init_args: {plugins: {a: {class_path: subprocess.run}}}}": ("subprocess.run", "not allowed", ""),
 }
 

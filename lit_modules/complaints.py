@@ -144,10 +144,10 @@ def _answer(leaf: Leaf, options: Sequence[str], bases: Mapping[str, type]) -> An
         allowed = {"tuple": "a list, as [a, b]"}.get(match[1], match[1])
         return Answer(f"{where}{match[2]!r} is not allowed.", allowed, "Give one of these.")
     if match := re.match(r"Not a valid subclass of (\w+)\. Got value: (.+)", leaf.text):
-        base = _base(leaf, bases)
+        given = "what is given" if match[2].startswith(("Namespace", "{")) else repr(match[2])
         return Answer(
-            f"{where}what is given does not say which {match[1]}.",
-            _offer("", concrete(base))[0],
+            f"{where}{given} does not say which {match[1]}.",
+            _offer("", concrete(_base(leaf, bases)))[0],
             "Give {class_path: …, init_args: {…}}; behind a config that has one, init_args alone.",
         )
     if match := re.match(r"the following arguments are required: (.+)", leaf.text):

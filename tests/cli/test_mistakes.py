@@ -66,7 +66,7 @@ IN_YAML = {
     "trainer: {max_epoch: 3}": ("max_epoch", "max_epochs", "Did you mean"),
     "model: {init_args: {generation: {max_tokens: 3}}}": ("max_tokens", "max_new_tokens", "Did you mean"),
     "model: {init_args: {plugins: {a: {class_path: ProgressiveDepths, init_args: {capacity: 0.5}}}}}": (
-        "'0.5' names no CapacitySchedule",
+        "'0.5' does not say which CapacitySchedule",
         "Constant, Linear",
         "Give {class_path: …",
     ),

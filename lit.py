@@ -92,12 +92,15 @@ def layers(command: str, args: list[str]) -> None:
         discover()
         class_files.accept()
         run = {"arank": layer_commands.arank, "plan": layer_commands.plan}[command]
-        run(class_files.arguments(args), ROOT / "configs/default.yaml")
+        run(args, ROOT / "configs/default.yaml")
     except (ValueError, OSError) as error:
         if os.environ.get("LIT_TRACEBACK"):
             raise
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted. Numbers are written when all rows are measured; the same command starts anew.\n")
+        raise SystemExit(130) from None
 
 
 def gpus() -> int:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning import LightningDataModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_modules.configured import load
 from lit_modules.routed_vlm import RoutedVLM
 from lit_modules.speed import MIXED, moved
 from lit_modules.start import Start
 from routing import RoutingPlugin, TokenKind, Tokens
+from routing.decoder import decoder_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,6 +78,11 @@ class DenseSubject:
             )
         return cls(model, plugins, data, device, str(trainer.get("precision", "32-true")))
 
+    @property
+    def depth(self) -> int:
+        """Number of decoder layers."""
+        return len(decoder_layers(self.model))
+
     def autocast(self) -> AbstractContextManager[object]:
         """Computes as the config's trainer would."""
         dtype = MIXED.get(self.precision)
@@ -102,15 +109,32 @@ class DenseSubject:
             )
 
     def prompts(self) -> Tokens:
-        """Facts about a batch of questions as a prefill reads them; of training rows where there are no others."""
-        try:
-            batch = next(iter(self._loader("val")))
-        except (ValueError, StopIteration):
-            batch = next(iter(self._loader("train")))
-        return replace(batch["tokens"], phase="prefill", progress=1.0)
+        """Facts about a batch of questions as a prefill reads them; of training rows where there are no others.
+
+        Raises:
+            ValueError: no batch has a vision token.
+        """
+        for split in ("val", "train"):
+            with suppress(ValueError, MisconfigurationException):  # data without such a split
+                for batch in self._loader(split):
+                    if any(batch["tokens"].count((TokenKind.VISION,))):
+                        return replace(batch["tokens"], phase="prefill", progress=1.0)
+        raise ValueError(
+            "No row of the val and train splits has a picture.\nAllowed: data with pictures, since what is counted is a"
+            " prefill whose vision tokens are routed.\nGive other data."
+        )
 
     def _loader(self, split: Split) -> Any:
         return getattr(self.data, f"{split}_dataloader")()
+
+
+class NamedStart(Start):
+    """A start that speaks of itself by the option that gave it."""
+
+    def say(self) -> None:
+        if self._unsaid is not None:
+            self._unsaid = type(self._unsaid)(str(self._unsaid).replace("start_from", "ckpt_path"))
+        super().say()
 
 
 def loaded(given: Mapping[str, Any], ckpt_path: str | None) -> tuple[RoutedVLM, LightningDataModule]:
@@ -126,5 +150,5 @@ def loaded(given: Mapping[str, Any], ckpt_path: str | None) -> tuple[RoutedVLM, 
             " decoder and plugins are known.\nGive a config of one."
         )
     if ckpt_path is not None:
-        module.start = Start(ckpt_path)
+        module.start = NamedStart(ckpt_path)
     return module, data

@@ -14,11 +14,13 @@ class Estimate:
 
     Args:
         mean: Itself.
-        error: Half of its 95 % interval: the standard error times Student's t; None of a single sample.
+        error: Half of its 95 % interval: the standard error times Student's t; None of fewer than two samples.
+        samples: How many; 0 where nothing was measured.
     """
 
     mean: float
     error: float | None
+    samples: int
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate:
@@ -27,8 +29,8 @@ class Estimate:
 
         samples = len(values)
         if samples < 2:
-            return cls(values[0], None)
-        return cls(fmean(values), float(stdtrit(samples - 1, 0.975)) * stdev(values) / math.sqrt(samples))
+            return cls(values[0], None, samples)
+        return cls(fmean(values), float(stdtrit(samples - 1, 0.975)) * stdev(values) / math.sqrt(samples), samples)
 
     def __str__(self) -> str:
         return f"{self.mean:.4g}" if self.error is None else f"{self.mean:.4g} ± {self.error:.2g}"

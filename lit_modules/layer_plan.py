@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lit_modules.attention_rank import LayerRank
@@ -52,31 +53,40 @@ class RankRule:
                 return f"{name} {value:g}"
         return f"relative {self.threshold:g}"
 
-    def __call__(self, ranks: Sequence[LayerRank]) -> tuple[int, ...]:
-        """Layers to route, ascending; of equal ranks the earlier layer first.
+    def check(self, able: int) -> None:
+        """Before ranks are known.
+
+        Raises:
+            ValueError: more layers are asked for than the ``able`` that can be routed.
+        """
+        if (self.count or self.highest or 0) > able:
+            raise ValueError(
+                f"--{self} asks for more layers than can be routed.\nAllowed: 1 to {able}.\nGive one of these."
+            )
+
+    def __call__(self, ranks: Sequence[LayerRank], refused: Container[int] = ()) -> tuple[int, ...]:
+        """Layers to route, ascending, none of them ``refused``; of equal ranks the earlier layer first.
 
         Raises:
             ValueError: there is none, or fewer layers than are asked for.
         """
-        means = [(rank.rank if self.absolute else rank.relative).mean for rank in ranks]
+        able = [each for each in ranks if each.layer not in refused]
+        means = {each.layer: (each.rank if self.absolute else each.relative).mean for each in able}
+        self.check(len(means))
         wanted = self.count or self.highest
         if wanted is None:
             return self._below(means)
-        if wanted > len(ranks):
-            raise ValueError(
-                f"--{self} asks for more layers than there are.\nAllowed: 1 to {len(ranks)}.\nGive one of these."
-            )
         sign = 1 if self.count else -1
-        return tuple(sorted(sorted(range(len(means)), key=lambda layer: sign * means[layer])[:wanted]))
+        return tuple(sorted(sorted(means, key=lambda layer: sign * means[layer])[:wanted]))
 
-    def _below(self, means: Sequence[float]) -> tuple[int, ...]:
-        chosen = tuple(layer for layer, mean in enumerate(means) if mean < self.threshold)
+    def _below(self, means: Mapping[int, float]) -> tuple[int, ...]:
+        chosen = tuple(layer for layer, mean in means.items() if mean < self.threshold)
         if not chosen:
-            lowest = min(means)
+            lowest = min(means, key=lambda layer: means[layer])
             raise ValueError(
-                f"No layer has an ARank below --{self}; the lowest is {lowest:.4g}, of layer {means.index(lowest)}.\n"
-                "Allowed: a threshold above that, or a number of layers.\nGive another --relative or --absolute, or"
-                " --count K for the K lowest."
+                f"No layer that can be routed has an ARank below --{self}; the lowest is {means[lowest]:.4g}, of layer"
+                f" {lowest}.\nAllowed: a threshold above that, or a number of layers.\nGive another --relative or"
+                " --absolute, or --count K for the K lowest."
             )
         return chosen
 
@@ -126,33 +136,55 @@ def placeable(plugins: Mapping[str, RoutingPlugin], name: str) -> RoutingPlugin:
     )
 
 
-def planned(dense: DenseSubject, name: str, order: Sequence[int], budget: float, tokens: Tokens) -> Plan:
-    """Routes the first layers of an order by the config's own plugin, until a prefill of ``tokens`` is cheap enough.
+def refusals(dense: DenseSubject, name: str) -> dict[int, str]:
+    """Why the plugin cannot route a layer alone, beside the config's other plugins, for each that it cannot.
 
     Raises:
-        ValueError: the budget cannot be reached, or only the data tell what the plugin costs.
+        ValueError: it can route none.
     """
-    share, refused = _shares(dense, name, tokens), {}
-    for layer in order:
+    refused = {}
+    for layer in range(dense.depth):
         try:
             twin(dense.model, _placed(dense, name, (layer,)))
         except ValueError as error:
             refused[layer] = str(error)
-    able = tuple(layer for layer in order if layer not in refused)
-    if not able:
+    if len(refused) == dense.depth:
         raise ValueError(
-            f"The plugin {name!r} can route no layer: {next(iter(refused.values()))}\nAllowed: a plugin that can.\nGive"
-            " it other arguments, or name another by --plugin."
+            f"The plugin {name!r} can route no layer: {refused[0]}\nAllowed: a plugin that can.\nGive it other"
+            " arguments, or name another by --plugin."
         )
-    shares = tuple(share(able[: n + 1]) for n in range(len(able)))
-    routed = next((n + 1 for n, reached in enumerate(shares) if reached <= budget), None)
-    if routed is None:
+    return refused
+
+
+def planner(dense: DenseSubject, name: str, budget: float, tokens: Tokens) -> Callable[[Sequence[int]], Plan]:
+    """Turns an order of all layers into a plan; a budget that no order reaches is refused before there is one.
+
+    The plan routes the first layers of the order by the config's own plugin, until a prefill of ``tokens`` is cheap
+    enough.
+
+    Raises:
+        ValueError: all layers together do not reach the budget, or only the data tell what the plugin costs.
+    """
+    refused, share = refusals(dense, name), _shares(dense, name, tokens)
+    every = tuple(layer for layer in range(dense.depth) if layer not in refused)
+    if (reached := share(every)) > budget:
         raise ValueError(
-            f"--budget {budget:g} is not reached: with all {len(able)} layers that {name!r} can route, a prefill takes"
-            f" {min(shares):.3f} of the dense FLOPs.\nAllowed: a budget from there up to 1.\nGive one, or let the"
+            f"--budget {budget:g} is not reached: with all {len(every)} layers that {name!r} can route, a prefill takes"
+            f" {upward(reached)} of the dense FLOPs.\nAllowed: a budget from there up to 1.\nGive one, or let the"
             " plugin keep fewer tokens (its capacity)."
         )
-    return Plan(able, shares, routed, refused)
+
+    def planned(order: Sequence[int]) -> Plan:
+        able = tuple(layer for layer in order if layer not in refused)
+        shares = tuple(share(able[: n + 1]) for n in range(len(able)))
+        return Plan(able, shares, next(n + 1 for n, reached in enumerate(shares) if reached <= budget), refused)
+
+    return planned
+
+
+def upward(share: float) -> str:
+    """A share in four digits, rounded so that it is enough as a budget."""
+    return f"{math.ceil(share * 1e4) / 1e4:.4f}"
 
 
 def _placed(dense: DenseSubject, name: str, layers: tuple[int, ...]) -> dict[str, RoutingPlugin]:

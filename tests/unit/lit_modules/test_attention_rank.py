@@ -129,4 +129,5 @@ def test_what_cannot_be_watched_is_refused():
 
 def test_an_error_bar_is_students():
     assert Estimate.of([1.0, 2.0, 3.0]).error == pytest.approx(4.302653 / 3**0.5)
-    assert Estimate.of([2.0]) == Estimate(2.0, None) and str(Estimate.of([1.0, 1.0])) == "1 ± 0"
+    assert Estimate.of([2.0]) == Estimate(2.0, None, 1) and Estimate.of([1.0, 2.0]).samples == 2
+    assert str(Estimate.of([1.0, 1.0])) == "1 ± 0"

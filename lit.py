@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -55,22 +56,28 @@ def _ours() -> Iterator[str]:
 
 def study(args: list[str]) -> None:
     """Arms x levels x seeds, their tables and plots."""
-    try:
+    with answering("What is finished stays; the same command goes on with the rest."):
         need("A study", "pyarrow", "matplotlib", "scipy")
         from lit_modules.complaints import explain
         from study.command import Workshop, run
 
-        code = run(args, Workshop(main, load, prepare, stopwatch, gpus, explain, SHARED))
+        if code := run(args, Workshop(main, load, prepare, stopwatch, gpus, explain, SHARED)):
+            raise SystemExit(code)
+
+
+@contextmanager
+def answering(interrupted: str) -> Iterator[None]:
+    """Inside, a mistake that the user can mend is printed without a traceback, and so is what Ctrl-C leaves."""
+    try:
+        yield
     except (ValueError, OSError) as error:
         if os.environ.get("LIT_TRACEBACK"):
             raise
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from error
     except KeyboardInterrupt:
-        sys.stderr.write("Interrupted. What is finished stays; the same command goes on with the rest.\n")
+        sys.stderr.write(f"Interrupted. {interrupted}\n")
         raise SystemExit(130) from None
-    if code:
-        raise SystemExit(code)
 
 
 def need(who: str, *packages: str) -> None:
@@ -83,7 +90,7 @@ def need(who: str, *packages: str) -> None:
 
 def layers(command: str, args: list[str]) -> None:
     """Which layers a depth plugin should route: by attention rank, or by a score and a budget of FLOPs."""
-    try:
+    with answering("Numbers are written when all rows are measured; the same command starts anew."):
         need(f"`lit {command}`", "matplotlib", "scipy")
         import datamodules  # noqa: F401  (importing gives its classes short names)
         from lit_modules import class_files, layer_commands
@@ -93,14 +100,6 @@ def layers(command: str, args: list[str]) -> None:
         class_files.accept()
         run = {"arank": layer_commands.arank, "plan": layer_commands.plan}[command]
         run(args, ROOT / "configs/default.yaml")
-    except (ValueError, OSError) as error:
-        if os.environ.get("LIT_TRACEBACK"):
-            raise
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from error
-    except KeyboardInterrupt:
-        sys.stderr.write("Interrupted. Numbers are written when all rows are measured; the same command starts anew.\n")
-        raise SystemExit(130) from None
 
 
 def gpus() -> int:

@@ -66,16 +66,14 @@ class Gate:
 
     def _asked(self, x_BTD: Tensor, inputs: RouterInputs, foresees: bool) -> tuple[Tensor, Tensor | None]:
         """The router's scores, and its forecast where one is read."""
-        if self.norm is None:
+        if self.norm is None or not (torch.is_grad_enabled() and x_BTD.requires_grad):
             return self._ask(x_BTD, inputs, foresees)
         # The norm's product and its float32 copy are as large as the residual stream, and stand outside what activation
         # checkpointing replays: a gate replays them itself, as cheaply as a norm.
-        if torch.is_grad_enabled() and x_BTD.requires_grad:
-            scores_BTE, forecast_BTE = checkpoint(
-                self._ask, x_BTD, inputs, foresees, use_reentrant=False, preserve_rng_state=False
-            )
-            return scores_BTE, forecast_BTE
-        return self._ask(x_BTD, inputs, foresees)
+        scores_BTE, forecast_BTE = checkpoint(
+            self._ask, x_BTD, inputs, foresees, use_reentrant=False, preserve_rng_state=False
+        )
+        return scores_BTE, forecast_BTE
 
     def _ask(self, x_BTD: Tensor, inputs: RouterInputs, foresees: bool) -> tuple[Tensor, Tensor | None]:
         if self.norm is not None:

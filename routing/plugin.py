@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from routing.decoder import Decoder
 from routing.forecast import check_taught
 from routing.loss import AuxLoss
+from routing.model import Routing, route_model
 from routing.observer import TokenObserver
 from routing.plugin_files import file_of
 from routing.tape import RoutingTape
@@ -140,4 +141,5 @@ def attach(model: PreTrainedModel, plugins: Mapping[str, RoutingPlugin]) -> Rout
         observer = TokenObserver(tape, decoder.layers)
         model.register_forward_pre_hook(observer.before, with_kwargs=True)
         model.register_forward_hook(observer.after, always_call=True)
+        route_model(model, Routing(enabled, tape))
     return tape

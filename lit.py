@@ -30,6 +30,10 @@ def main(args: list[str] | None = None) -> None:
         study(args[1:])
     elif args[:1] in (["arank"], ["plan"]):
         layers(args[0], args[1:])
+    elif args[:1] == ["export"]:
+        export(args[1:])
+    elif args[:1] == ["generate"]:
+        generate(args[1:])
     else:
         train(args)
 
@@ -100,6 +104,30 @@ def layers(command: str, args: list[str]) -> None:
         class_files.accept()
         run = {"arank": layer_commands.arank, "plan": layer_commands.plan}[command]
         run(args, ROOT / "configs/default.yaml")
+
+
+def export(args: list[str]) -> None:
+    """A model with its routing, processor and chat template as a Hugging Face folder."""
+    with answering("Nothing was written; the same command starts anew."):
+        import datamodules  # noqa: F401  (importing gives its classes short names)
+        from lit_modules import class_files, export_command
+        from routing import discover
+
+        discover()
+        class_files.accept()
+        export_command.export(args, ROOT / "configs/default.yaml")
+
+
+def generate(args: list[str]) -> None:
+    """Answers of an exported folder or a trained model to a question about a picture."""
+    with answering("The same command starts anew."):
+        import datamodules  # noqa: F401  (importing gives its classes short names)
+        from lit_modules import class_files, generate_command
+        from routing import discover
+
+        discover()
+        class_files.accept()
+        generate_command.generate(args)
 
 
 def gpus() -> int:

@@ -44,6 +44,8 @@ class TrainingCollator:
 class QuestionCollator:
     """Left-padded questions, with their right answers as text, and under ``units`` what each shares with others.
 
+    ``pictures`` says how many entries of ``pixel_values`` belong to each row.
+
     Args:
         pad_id: The tokenizer's padding token.
     """
@@ -63,6 +65,7 @@ class QuestionCollator:
             "truths": [row.turn.answer for row in asked],
             "evidence": [list(row.turn.evidence) for row in asked],
             "units": [list(row.units) for row in asked],
+            "pictures": [0 if row.prompt.pixels is None else len(row.prompt.pixels) for row in asked],
             "skipped": skipped,
             "asked": len(fetched),
         }

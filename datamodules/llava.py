@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from copy import deepcopy
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import cached_property
 from pathlib import Path
@@ -140,6 +141,13 @@ class LlavaData(L.LightningDataModule):
             raise ValueError(f"The tokenizer of {self.processor_path} has no end token: set its eos_token and save it.")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        return processor
+
+    def exported_processor(self) -> ProcessorMixin:
+        """A processor whose chat template writes the prompts that these data ask, and which pads them on the left."""
+        processor = deepcopy(self.processor)
+        processor.tokenizer.padding_side = processor.tokenizer.init_kwargs["padding_side"] = "left"
+        processor.chat_template = self.template.exported(processor.image_token)
         return processor
 
     @property

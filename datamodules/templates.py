@@ -28,14 +28,27 @@ _INSTRUCT = (
     "{% if messages[0]['role'] == 'system' %}{% set told.system = parts(messages[0]['content']) %}{% endif %}"
     "{% if told.system %}{{ told.system + ' ' }}{% endif %}"
     "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ 'USER: ' + parts(message['content']) + ' ASSISTANT:' }}"
+    "{% if message['role'] == 'user' %}{{ 'USER: ' + %USER%(message['content']) + ' ASSISTANT:' }}"
     "{% elif message['role'] == 'assistant' %}"
     "{% generation %}{{ ' ' + parts(message['content']) + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
 )
 _PLAIN = (
-    _PARTS + "{% for message in messages %}{% if message['role'] == 'user' %}{{ parts(message['content']) }}"
+    _PARTS + "{% for message in messages %}{% if message['role'] == 'user' %}{{ %USER%(message['content']) }}"
     "{% elif message['role'] == 'assistant' %}"
     "{% generation %}{{ parts(message['content']) + '\\n' }}{% endgeneration %}{% endif %}{% endfor %}"
+)
+# In others' hands messages are theirs, so the template does to a turn's parts what `Template.question` does to ours: a
+# line break after pictures that lead it, if there is none, or nothing but its pictures.
+_LEADING = (
+    "{% macro asked(content) %}{% if content is string %}{{ content }}{% else %}{% set turn = namespace(said=false) %}"
+    "{% for part in content %}{% if part['type'] == 'image' %}{{ image_token | default('<image>') }}"
+    "{% if not turn.said and not loop.last and (loop.nextitem['text'] | default('') | string)[:1] != '\\n' %}"
+    "{{ '\\n' }}{% endif %}{% else %}{{ part['text'] }}"
+    "{% if part['text'] | trim %}{% set turn.said = true %}{% endif %}{% endif %}{% endfor %}{% endif %}{% endmacro %}"
+)
+_PICTURES = (
+    "{% macro asked(content) %}{% if content is not string %}{% for part in content %}{% if part['type'] == 'image' %}"
+    "{{ image_token | default('<image>') }}{% endif %}{% endfor %}{% endif %}{% endmacro %}"
 )
 
 
@@ -79,9 +92,19 @@ class Template:
     @property
     def jinja(self) -> str:
         """The template in Hugging Face's language, with its ``generation`` blocks."""
-        if self.name == "plain":
-            return _PLAIN
-        return _INSTRUCT.replace("%SYSTEM%", "'" + self.system.replace("\\", "\\\\").replace("'", "\\'") + "'")
+        return self._written("parts")
+
+    def exported(self, image_token: str) -> str:
+        """The same for messages that others write, which may lack the line breaks that follow leading pictures."""
+        macros = {("plain", "first"): _PICTURES, ("plain", "as_written"): _PICTURES, ("instruct", "first"): _LEADING}
+        macro = macros.get((self.name, self.image_order), "")
+        jinja = macro + self._written("asked" if macro else "parts")
+        # Not every tokenizer tells its template what the image token is.
+        return jinja.replace("image_token | default('<image>')", _quoted(image_token))
+
+    def _written(self, user: str) -> str:
+        jinja = {"plain": _PLAIN, "instruct": _INSTRUCT}[self.name].replace("%USER%", user)
+        return jinja.replace("%SYSTEM%", _quoted(self.system))
 
     def conversation(self, record: Record) -> list[Message]:
         """The whole conversation, to learn from."""
@@ -133,6 +156,10 @@ def _head(template: Template, system: str | None, special: tuple[tuple[str, str]
         conversations=[messages], chat_template=template.jinja, return_assistant_tokens_mask=True, **dict(special)
     )
     return rendered[0].rindex(mark)  # the system text may hold one too
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _system(record: Record) -> list[Message]:

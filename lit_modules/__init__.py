@@ -9,8 +9,8 @@ from lit_modules.optimization import Optimization
 from lit_modules.outcome_writer import OutcomeWriter
 from lit_modules.routed_vlm import RoutedVLM
 from lit_modules.routing_truth import RoutingTruth
-from lit_modules.specs import to_spec
 from lit_modules.tiny_llava import TinyLlava
+from routing.specs import to_spec
 
 __all__ = [
     "AnswerWriter",

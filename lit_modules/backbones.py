@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lit_modules.parents import Parent
+from routing import RoutingPlugin
+from routing.exported import Exported, dense, some
+from routing.saving import KEY, ROUTERS
+from routing.specs import to_spec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,10 +34,18 @@ class Backbone(ABC):
     def build(self) -> PreTrainedModel:
         """The model, dense, on the default device."""
 
+    def plugins(self) -> dict[str, RoutingPlugin]:
+        """The plugins that its weights were trained with, where these are on record."""
+        return {}
+
+    def routers(self, plugins: Mapping[str, RoutingPlugin]) -> Parent:
+        """The weights that it has for routers, beside those of the dense model; for these plugins or for others."""
+        return Parent()
+
 
 @dataclass(frozen=True)
 class Pretrained(Backbone):
-    """Any Hugging Face image-text model with its weights.
+    """Any Hugging Face image-text model with its weights; of an exported folder also the routing.
 
     Args:
         name: Name on the Hugging Face hub, or a folder that ``save_pretrained`` wrote.
@@ -43,26 +60,33 @@ class Pretrained(Backbone):
     revision: str = "main"
 
     def build(self) -> PreTrainedModel:
-        from transformers import AutoModelForImageTextToText
-
         try:
-            model, report = AutoModelForImageTextToText.from_pretrained(
-                self.name,
-                dtype=self.dtype,
-                attn_implementation=self.attention,
-                revision=self.revision,
-                output_loading_info=True,
-            )
-        except OSError as error:
-            raise ValueError(
-                f"backbone: {self.name!r} cannot be loaded: {str(error).splitlines()[0]}\nAllowed: a folder with"
-                " config.json and weights, or the name of an image-text model on the Hugging Face hub.\nCheck the"
-                " spelling, the network (or HF_HUB_OFFLINE), and that you may read that model."
-            ) from error
-        for what, meaning in (("missing_keys", "keep random values"), ("unexpected_keys", "are ignored")):
-            if names := sorted(report[what]):
-                rank_zero_warn(f"{self.name}: {len(names)} weights {meaning} ({what}): {', '.join(names[:5])}, …")
+            model, report = dense(self._exported, self.dtype, self.attention)
+        except ValueError as error:
+            raise ValueError(f"backbone: {error}") from error
+        unexpected = {name for name in report["unexpected_keys"] if not name.startswith(ROUTERS)}  # see `routers`
+        for what, names, meaning in (
+            ("missing_keys", report["missing_keys"], "keep random values"),
+            ("unexpected_keys", unexpected, "are ignored"),
+        ):
+            if names:
+                rank_zero_warn(f"{self.name}: {len(names)} weights {meaning} ({what}): {some(sorted(names))}")
         return model
+
+    def plugins(self) -> dict[str, RoutingPlugin]:
+        return self._exported.plugins()
+
+    def routers(self, plugins: Mapping[str, RoutingPlugin]) -> Parent:
+        names = sorted(name for name in self._exported.names() if name.startswith(ROUTERS))
+        enabled = {name: plugin for name, plugin in plugins.items() if plugin.enabled}
+        complete = False
+        with suppress(ValueError):  # plugins that cannot be had here are not these
+            complete = bool(enabled) and to_spec(self.plugins()) == to_spec(enabled)
+        return Parent(self.name, self._exported.tensors(names), complete)
+
+    @cached_property
+    def _exported(self) -> Exported:
+        return Exported(self.name, self.revision)
 
 
 @dataclass(frozen=True)
@@ -85,6 +109,7 @@ class FromConfig(Backbone):
         from transformers import AutoConfig, AutoModelForImageTextToText
 
         fields = json.loads(found(self.path).read_text())
+        fields.pop(KEY, None)  # how an exported model is routed, which this one is not
         return AutoModelForImageTextToText.from_config(
             AutoConfig.for_model(**fields), dtype=getattr(torch, self.dtype), attn_implementation=self.attention
         )

@@ -56,18 +56,18 @@ class KeptPatches:
             if len(drawn) < self.images and not any(torch.equal(pixels[number], other) for other in drawn):
                 drawn.append(pixels[number])  # several questions may share one picture
                 name = f"{ids[row]}/image_{image}" if image else str(ids[row])
-                yield name, self._sheet(name, records, row, image, pixels[number])
+                drawings = tiles(picture(pixels[number], self.scale), records, row, image)
+                yield name, sheet(f"{name}: patches kept by each routed layer", drawings, self.columns)
 
-    def _sheet(
-        self, name: str, records: Sequence[RoutingRecord], row: int, image: int, pixels_3HW: Tensor
-    ) -> np.ndarray:
-        shown = picture(pixels_3HW, self.scale)
-        tiles = [Tile("image", shown)]
-        for record in records:
-            kept_RC = kept_patches(record, row, image, grid(record.tokens, row, image))
-            caption = f"layer {record.site.layer}: {int(kept_RC.sum())} of {kept_RC.numel()}"
-            tiles.append(Tile(caption, lit(shown, kept_RC)))
-        return sheet(f"{name}: patches kept by each routed layer", tiles, self.columns)
+
+def tiles(shown: np.ndarray, records: Sequence[RoutingRecord], row: int, image: int) -> list[Tile]:
+    """A picture (H, W, 3), and for each record the same with the patches dimmed that it did not keep."""
+    drawn = [Tile("image", shown)]
+    for record in records:
+        kept_RC = kept_patches(record, row, image, grid(record.tokens, row, image))
+        caption = f"layer {record.site.layer}: {int(kept_RC.sum())} of {kept_RC.numel()}"
+        drawn.append(Tile(caption, lit(shown, kept_RC)))
+    return drawn
 
 
 def kept_patches(record: RoutingRecord, row: int, image: int, shape: tuple[int, int]) -> Tensor:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from lit_modules.collapse import CollapseWatch
 from lit_modules.kept_patches import KeptPatches
+from lit_modules.phases import PhaseCounts, PhaseTally
+from lit_modules.processes import gathered
 from lit_modules.retention_map import History, label
 from lit_modules.tally import Counts, Histogram, Reduce, Tally
 from routing import RoutingRecord
@@ -27,7 +29,7 @@ Detail = Literal["nothing", "brief", "detailed"]
 
 
 class RoutingMonitor(Callback):
-    """Shows what the routed layers decided in every ``log_every_n_steps``-th step, over its batches and all ranks.
+    """Shows what the routed layers decided in every ``log_every_n_steps``-th step and in validation, on all ranks.
 
     ======================================== ======== ==============================================================
     tag                                      detail   what
@@ -39,11 +41,15 @@ class RoutingMonitor(Callback):
     ``router/scores``                        brief    histogram of the candidates' scores
     ``depth/map``                            brief    layer by step: asked for beside kept
     ``depth/kept/<id>``                      brief    the patches that each layer kept of the first validation images
-    ``…/layer_<n>``                          detailed retention, target, agreement, entropy and scores of each layer
+    ``depth/retention/<phase>``              brief    the same share in prefill and decode, while answers are generated
+    ``depth/kv_share``                       brief    keys and values that the prefill stores, of the dense model's
+    ``…/layer_<n>``                          detailed retention, target, agreement, entropy, scores, ``kv_share``
     ======================================== ======== ==============================================================
 
-    Pictures also go to the run's folder as PNG files. Steps in between cost nothing. A warning tells, once of each
-    layer, where a rule without a capacity lets in nearly every token or nearly none after a tenth of the training.
+    Pictures also go to the run's folder as PNG files. Steps in between cost nothing. The phases and ``kv_share`` are of
+    one validation or test, over its plain answers, not those under interventions or to blank images. A warning tells,
+    once of each layer, where a rule without a capacity lets in nearly every token or nearly none after a tenth of the
+    training.
 
     Args:
         detail: ``nothing``, ``brief`` or ``detailed``.
@@ -56,6 +62,7 @@ class RoutingMonitor(Callback):
         self.detail, self.patches = detail, patches
         self.history = History()
         self._tally, self._open, self._watch = Tally(), ExitStack(), CollapseWatch()
+        self._phases = PhaseTally()
         self._records: list[RoutingRecord] = []
         self._step = 0
 
@@ -100,13 +107,44 @@ class RoutingMonitor(Callback):
             if scores is not None:
                 write_histogram(trainer, f"router/scores{tag}", scores, self._step)
 
-    # Pictures
+    # Phases
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: RoutedVLM, batch: Mapping[str, object], batch_idx: int, loader: int = 0
     ) -> None:
-        if batch_idx or trainer.sanity_checking or self.detail == "nothing" or not self.patches.images:
+        if trainer.sanity_checking or self.detail == "nothing":
             return
+        if self.patches.images and not batch_idx:
+            self._draw_patches(trainer, pl_module, batch)
+        self._count_answers(trainer, pl_module)
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: RoutedVLM, batch: object, batch_idx: int, loader: int = 0
+    ) -> None:
+        if self.detail != "nothing":
+            self._count_answers(trainer, pl_module)
+
+    def _count_answers(self, trainer: Trainer, module: RoutedVLM) -> None:
+        self._open.close()
+        ends = trainer.datamodule.processor.tokenizer.eos_token_id  # type: ignore[attr-defined]
+        self._open.enter_context(self._phases.counting(module.model, module.tape, ends))
+
+    def on_validation_batch_end(self, *_: object) -> None:
+        self._open.close()
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: RoutedVLM) -> None:
+        if trainer.sanity_checking or self.detail == "nothing":
+            return
+        counts, self._phases = PhaseCounts.sum(gathered(self._phases.counts())), PhaseTally()
+        values = counts.scalars(each=self.detail == "detailed")
+        known = {tag: value for tag, value in values.items() if not isnan(value)}
+        pl_module.log_dict(known, sync_dist=True)  # equal on all ranks already
+
+    on_test_batch_end, on_test_epoch_end = on_validation_batch_end, on_validation_epoch_end
+
+    # Pictures
+
+    def _draw_patches(self, trainer: Trainer, pl_module: RoutedVLM, batch: Mapping[str, object]) -> None:
         folder = trainer.log_dir  # a collective: all ranks ask
         if not trainer.is_global_zero and pl_module.device_mesh is None:
             return

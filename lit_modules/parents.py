@@ -14,11 +14,11 @@ from torch import Tensor
 
 from lit_modules import architecture
 from lit_modules.checkpoint_files import WholeCheckpoints, first_line, found
+from routing.exported import Exported, quiet
+from routing.saving import ROUTERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-ROUTERS = "routers."
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,12 @@ class Parent:
     Args:
         where: The place they lie in, and after how many steps.
         tensors: Tensors on the CPU, by name in the Hugging Face model; read from the disk when they are copied.
+        complete: Whether they are all that the model's routers need, and nothing else.
     """
 
     where: str = ""
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    complete: bool = False
 
 
 def read(path: str, model: PreTrainedModel, backbone: Mapping[str, object]) -> Parent:
@@ -106,20 +108,19 @@ def _loaded(path: str) -> Mapping[str, object]:
 
 
 def _exported(path: str, model: PreTrainedModel) -> Parent:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
 
     try:
         # Hugging Face knows the names that it writes, ties and shards; float32 holds what any of them holds. Routers
         # are drawn next, and the same ones with a parent and without.
-        with torch.device("cpu"), torch.random.fork_rng(devices=[]), _quiet():
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]), quiet():
             stored, keys = AutoModelForImageTextToText.from_pretrained(
                 path, dtype=torch.float32, output_loading_info=True
             )
         tensors = {name: tensor for name, tensor in stored.state_dict().items() if name not in keys["missing_keys"]}
-        for file in sorted(Path(path).glob("*.safetensors")):
-            with safe_open(file, "pt") as opened:
-                tensors |= {name: opened.get_tensor(name) for name in keys["unexpected_keys"] & set(opened.keys())}
+        written = Exported(path)
+        tensors |= written.tensors(written.names() & keys["unexpected_keys"])
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"start_from={path} cannot be loaded: {first_line(error)}\nAllowed: a folder with config.json and whole"
@@ -136,16 +137,3 @@ def _called_start_from() -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(str(error).replace("ckpt_path", "start_from")) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Hugging Face's table of keys that it does not know, which are routers."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)

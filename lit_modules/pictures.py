@@ -5,7 +5,8 @@ Shape suffixes: H height and W width in pixels, R rows and C columns of patches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,8 +34,17 @@ class Tile:
 def picture(pixels_3HW: Tensor, scale: int) -> np.ndarray:
     """A normalised image as uint8 (H * scale, W * scale, 3): its darkest value black, its brightest white."""
     x = pixels_3HW.float().cpu()
-    x = (x - x.min()) / (x.max() - x.min()).clamp_min(1e-6)
-    small = (x * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return _enlarged((x - x.min()) / (x.max() - x.min()).clamp_min(1e-6), scale)
+
+
+def natural(pixels_3HW: Tensor, mean: Sequence[float], std: Sequence[float], scale: int) -> np.ndarray:
+    """A normalised image in its own colours, uint8 (H * scale, W * scale, 3)."""
+    mean_311, std_311 = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+    return _enlarged((pixels_3HW.float().cpu() * std_311 + mean_311).clamp(0, 1), scale)
+
+
+def _enlarged(x_3HW: Tensor, scale: int) -> np.ndarray:
+    small = (x_3HW * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     return small.repeat(scale, 0).repeat(scale, 1)
 
 
@@ -49,19 +59,27 @@ def lit(pixels_HW3: np.ndarray, kept_RC: Tensor) -> np.ndarray:
 
 
 def sheet(title: str, tiles: Sequence[Tile], columns: int) -> np.ndarray:
-    """Tiles in rows under a title; uint8 (H, W, 3)."""
+    """Tiles in rows under a title of one line or more, each cut to the width; uint8 (H, W, 3)."""
     height, width = (max(tile.pixels_HW3.shape[axis] for tile in tiles) for axis in (0, 1))
-    rows = -(-len(tiles) // columns)
-    size = (
-        columns * (width + MARGIN) + MARGIN,
-        2 * MARGIN + CAPTION + rows * (height + CAPTION + MARGIN),
-    )
+    rows, lines = -(-len(tiles) // columns), title.splitlines() or [""]
+    top = MARGIN + CAPTION * len(lines)
+    size = (columns * (width + MARGIN) + MARGIN, MARGIN + top + rows * (height + CAPTION + MARGIN))
     canvas = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=FONT)
-    draw.text((MARGIN, MARGIN), title, fill="black", font=font)
+    for number, line in enumerate(lines):
+        cut = _fitting(line, size[0] - 2 * MARGIN, font.getlength)
+        draw.text((MARGIN, MARGIN + CAPTION * number), cut, fill="black", font=font)
     for number, tile in enumerate(tiles):
         x = MARGIN + number % columns * (width + MARGIN)
-        y = MARGIN + CAPTION + number // columns * (height + CAPTION + MARGIN)
+        y = top + number // columns * (height + CAPTION + MARGIN)
         draw.text((x, y), tile.caption, fill="black", font=font)
         canvas.paste(Image.fromarray(tile.pixels_HW3), (x, y + CAPTION))
     return np.asarray(canvas)
+
+
+def _fitting(line: str, width: float, length: Callable[[str], float]) -> str:
+    """As much of a line as is not longer than that, with dots for the rest."""
+    if length(line) <= width:
+        return line
+    kept = bisect(range(len(line)), width, key=lambda end: length(f"{line[:end]}…"))
+    return f"{line[: max(kept - 1, 0)]}…"

@@ -23,9 +23,10 @@ from lit_modules.optimization import Optimization
 from lit_modules.other_image import with_other_images
 from lit_modules.outcome_writer import Row, rows
 from lit_modules.processes import gathered, leave_at_exit, shard
-from lit_modules.specs import to_spec
 from lit_modules.start import Start
 from routing import RoutingPlugin, RoutingTape, attach
+from routing.prefill import in_buckets
+from routing.specs import to_spec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +41,7 @@ class RoutedVLM(LightningModule):
 
     Args:
         backbone: Builds the dense model.
-        plugins: Routing strategies by name. Configs are merged by name; ``enabled: false`` removes one.
+        plugins: Routing strategies, merged by name; ``enabled: false`` removes one. By default the backbone's own.
         parts: Learning rate of each part that trains: ``vision``, ``projector``, ``language_model``, ``routers``, or a
             regular expression found in parameter names. The last entry that matches a parameter decides; 0 freezes.
             By default all but ``vision``, at 2e-5.
@@ -64,7 +65,8 @@ class RoutedVLM(LightningModule):
         start_from: str | None = None,
     ) -> None:
         super().__init__()
-        self.backbone, self.plugins, self.parts = backbone, plugins or {}, DEFAULT_PARTS if parts is None else parts
+        self.plugins = backbone.plugins() if plugins is None else plugins
+        self.backbone, self.parts = backbone, DEFAULT_PARTS if parts is None else parts
         self.optimization, self.objective, self.generation = optimization, objective, generation
         self.checkpoint_activations, self.start = checkpoint_activations, Start(start_from)
         self.model: PreTrainedModel | None = None
@@ -87,13 +89,13 @@ class RoutedVLM(LightningModule):
     def configure_model(self) -> None:
         if self.model is not None:
             return
-        model = self.backbone.build()
+        model, routers = self.backbone.build(), self.backbone.routers(self.plugins)
         self.start.fill_dense(model, to_spec(self.backbone))
         self.tape = attach(model, self.plugins)
         self.rates = parts.choose(model, self.parts)
         self.pictured = parts.reached_by_pictures(model, self.rates)
         parts.freeze_all_but(model, self.rates)
-        self.start.fill_routed(model)
+        self.start.fill_routed(model, routers)
         if self.checkpoint_activations:
             recompute_layers(model)
         if self._trainer is not None:
@@ -206,8 +208,9 @@ class RoutedVLM(LightningModule):
         """Greedy answers; ``blank`` replaces every image by its mean colour."""
         assert self.model is not None
         inputs = model_inputs(batch, mask=True, blank=blank)
-        tokenizer = self._data.processor.tokenizer
-        with self.tape.about(batch["tokens"]), sdpa_kernel(KERNELS):
+        tokenizer, most = self._data.processor.tokenizer, 4 if self.device_mesh is None else 1  # ranks read in step
+        grouped = in_buckets(self.model, self.tape, inputs, batch.get("pictures"), most=most)
+        with self.tape.about(batch["tokens"]), grouped, sdpa_kernel(KERNELS):
             ids_BT = self.model.generate(
                 **inputs,
                 max_new_tokens=self.generation.max_new_tokens,
@@ -218,9 +221,8 @@ class RoutedVLM(LightningModule):
                 # A model that answers with an image token would be asked for that image in the next step.
                 suppress_tokens=[self.model.config.image_token_id],
             )
-        new_BT = ids_BT[:, inputs["input_ids"].shape[1] :]
         end = getattr(self._data, "answer_end", None)
-        said = tokenizer.batch_decode(new_BT, skip_special_tokens=True)
+        said = tokenizer.batch_decode(ids_BT[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [(answer.lstrip().split(end)[0] if end else answer).strip() for answer in said]
 
     def validation_step(self, batch: Mapping[str, object], batch_idx: int) -> list[Row]:

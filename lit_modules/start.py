@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
-from lit_modules.parents import ROUTERS, Parent, read
+from lit_modules.parents import Parent, read
 from lit_modules.parts import part_of_each
+from routing.exported import check_fit, check_names
+from routing.saving import ROUTERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+NOTHING = Parent()
 
 
 class Start:
@@ -29,8 +34,9 @@ class Start:
     def __init__(self, path: str | None) -> None:
         self.path = path
         self.origins: dict[str, str] = {}
-        self._parent = Parent()
+        self._parent = NOTHING
         self._unsaid: str | ValueError | None = None
+        self._of_backbone: Callable[[], None] | None = None
 
     def fill_dense(self, model: PreTrainedModel, backbone: object) -> None:
         """Fills the model that a backbone of that spec has built, before plugins copy any of its weights."""
@@ -41,13 +47,27 @@ class Start:
                 self._unsaid = error
         fill(model, self._parent)
 
-    def fill_routed(self, model: PreTrainedModel) -> None:
-        """Fills it again, now that it has routers and what trains is float32."""
+    def fill_routed(self, model: PreTrainedModel, routers: Parent = NOTHING) -> None:
+        """Fills it again, now that it has routers and what trains is float32.
+
+        Args:
+            model: The routed model.
+            routers: What the backbone's folder holds for routers; a parent's win.
+
+        Raises:
+            ValueError: the folder says that it holds these very routers, and does not.
+        """
+        if routers.complete:
+            check_routers(model, routers)
+        if model.device.type != "meta" and routers.tensors:
+            fill(model, routers)
+            tell = partial(rank_zero_warn, stacklevel=6) if left_out(model, routers) else rank_zero_only(print)
+            self._of_backbone = partial(tell, report(model, routers, "backbone", only=ROUTERS))
         fill(model, self._parent)
-        self.origins = origins(model, self._parent)
+        self.origins = origins(model, self._parent, routers)
         if self._parent.tensors:
             self._unsaid = report(model, self._parent)
-        self._parent = Parent()  # its file can be closed
+        self._parent = NOTHING  # its file can be closed
 
     def say(self) -> None:
         """Says once what came from where.
@@ -55,15 +75,29 @@ class Start:
         Raises:
             ValueError: nothing could be taken, and no checkpoint was loaded since.
         """
-        unsaid, self._unsaid = self._unsaid, None
+        (unsaid, self._unsaid), (tell, self._of_backbone) = (self._unsaid, None), (self._of_backbone, None)
         if isinstance(unsaid, ValueError):
             raise unsaid
+        if tell is not None:
+            tell()
         if unsaid is not None:
             rank_zero_only(print)(f"\n{unsaid}")
 
     def overruled(self, checkpoint: Mapping[str, object]) -> None:
         """A checkpoint was loaded; its weights once started where it says."""
         self.origins, self._unsaid = cast("dict[str, str]", checkpoint.get("origins", {})), None
+        self._of_backbone = None
+
+
+def check_routers(model: PreTrainedModel, routers: Parent) -> None:
+    """Refuses routers that are not, one by one, those of the model.
+
+    Raises:
+        ValueError: one is missing, left over, or of another shape.
+    """
+    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(ROUTERS)}
+    check_names(f"backbone {routers.where}", own, routers.tensors)
+    check_fit(f"backbone {routers.where}", own, routers.tensors)
 
 
 def fill(model: PreTrainedModel, parent: Parent) -> None:
@@ -71,32 +105,49 @@ def fill(model: PreTrainedModel, parent: Parent) -> None:
     model.load_state_dict({name: parent.tensors[name] for name in _fitting(model, parent)}, strict=False)
 
 
-def origins(model: PreTrainedModel, parent: Parent) -> dict[str, str]:
+def origins(model: PreTrainedModel, parent: Parent, routers: Parent = NOTHING) -> dict[str, str]:
     """Where the weights of each part come from, routers by plugin: the parent's place, ``backbone``, or ``new``."""
-    groups, fitting = _groups(model), set(_fitting(model, parent))
-    taken, total = Counter(groups[name] for name in groups if name in fitting), Counter(groups.values())
-    return {group: _origin(group, taken[group], total[group], parent.where) for group in total}
+    groups, fitting, own = _groups(model), set(_fitting(model, parent)), set(_fitting(model, routers))
+    places: dict[str, list[str]] = {}
+    for name, group in groups.items():
+        place = "new" if name.startswith(ROUTERS) and name not in own else "backbone"
+        places.setdefault(group, []).append(parent.where if name in fitting else place)
+    return {group: _origin(Counter(each)) for group, each in places.items()}
 
 
-def _origin(group: str, taken: int, total: int, where: str) -> str:
-    if taken == total:
-        return where
-    if taken:
-        return f"{taken} of {total} tensors from {where}, the others new"
-    return "new" if group.startswith(ROUTERS) else "backbone"
+def _origin(places: Counter[str]) -> str:
+    if len(places) == 1:
+        return next(iter(places))
+    last = {"backbone": 1, "new": 2}
+    (place, number), *others = sorted(places.items(), key=lambda each: last.get(each[0], 0))
+    rest = ["the others new" if other == "new" else f"{count} from {other}" for other, count in others]
+    return f"{number} of {places.total()} tensors from {place}, {', '.join(rest)}"
 
 
-def report(model: PreTrainedModel, parent: Parent) -> str:
-    """One line: what was taken, what is new, what was left out, and what lost digits on the way."""
-    groups, fitting = _groups(model), set(_fitting(model, parent))
-    left = [_group(name) for name in parent.tensors if name not in fitting and name.startswith(ROUTERS)]
+def report(model: PreTrainedModel, parent: Parent, option: str = "start_from", only: str = "") -> str:
+    """One line: what was taken, what is new, what was left out, and what lost digits on the way.
+
+    Args:
+        model: What was filled.
+        parent: With what.
+        option: Which option named it.
+        only: How the names begin of those of the model's tensors that are told of.
+    """
+    fitting = set(_fitting(model, parent))
+    groups = {name: group for name, group in _groups(model).items() if name.startswith(only)}
     said = {
         "taken": _counted(groups[name] for name in groups if name in fitting),
         "new": _counted(groups[name] for name in groups if name not in fitting),
-        "left out": _counted(left),
+        "left out": _counted(_group(name) for name in left_out(model, parent)),
         "rounded to the backbone's dtype": _counted(groups[n] for n in _rounded(model, parent) if n in groups),
     }
-    return f"start_from {parent.where}: " + "; ".join(f"{what} {counts}" for what, counts in said.items() if counts)
+    return f"{option} {parent.where}: " + "; ".join(f"{what} {counts}" for what, counts in said.items() if counts)
+
+
+def left_out(model: PreTrainedModel, parent: Parent) -> list[str]:
+    """Names of the parent's routers that fit nowhere in the model."""
+    fitting = set(_fitting(model, parent))
+    return [name for name in parent.tensors if name not in fitting and name.startswith(ROUTERS)]
 
 
 def _fitting(model: PreTrainedModel, parent: Parent) -> list[str]:

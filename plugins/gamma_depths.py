@@ -40,6 +40,7 @@ from routing import (
     TokenKind,
     Tokens,
     Weighting,
+    in_float32,
     register,
 )
 
@@ -56,7 +57,7 @@ class SkipOrKeepRouter(Router):
         self.network = nn.Linear(dim, 2, bias=False, dtype=torch.float32)
 
     def forward(self, inputs: RouterInputs) -> Tensor:
-        with torch.autocast(inputs.x_BTD.device.type, enabled=False):
+        with in_float32(inputs.x_BTD):
             logits_BT2: Tensor = self.network(inputs.x_BTD.float())
             return logits_BT2[..., 1:] - logits_BT2[..., :1]
 

@@ -7,6 +7,7 @@ from routing.capacity import CapacitySchedule, Constant, Linear, Nothing, PerLay
 from routing.chance import uniform_BT
 from routing.decision import Decision, ExpertChoices, KeptTokens, TokenChoices
 from routing.decoder import Decoder, Modalities, Positions, Sharing
+from routing.exported import load_routed
 from routing.forecast import Calibrated, Forecast, ForecastCrossEntropy, Predicted
 from routing.gate import FollowingGate, Gate
 from routing.intervene import Intervention
@@ -25,6 +26,7 @@ from routing.router import (
     RouterSpec,
     TwoHeads,
     Unscored,
+    in_float32,
 )
 from routing.select import (
     AllOrNothing,
@@ -38,6 +40,7 @@ from routing.select import (
     count_of,
     top_mask,
 )
+from routing.stored import StoredLayer, stored
 from routing.tape import RoutingRecord, RoutingTape, Site
 from routing.tokens import TokenKind, Tokens
 from routing.weighting import Sigmoid, Softmax, TanhNorm, Unbounded, Unweighted, Weighting
@@ -98,6 +101,7 @@ __all__ = [
     "Sigmoid",
     "Site",
     "Softmax",
+    "StoredLayer",
     "TanhNorm",
     "Threshold",
     "TokenChoice",
@@ -115,9 +119,12 @@ __all__ = [
     "attach",
     "count_of",
     "discover",
+    "in_float32",
+    "load_routed",
     "register",
     "registered",
     "route_layer",
+    "stored",
     "top_mask",
     "uniform_BT",
 ]

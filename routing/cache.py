@@ -6,13 +6,37 @@ Shape suffixes: B batch, T new tokens, K of them kept, S slots held before them;
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from routing.decision import KeptTokens
+from routing.gather import like_model
+
+SPARE = 64  # columns, so that most steps need no kernel to lengthen a mask
+
+
+@dataclass(frozen=True, eq=False)
+class Admission:
+    """Tokens that came to a layer together and of which not all got a slot; all others have one slot each.
+
+    Args:
+        start: Tokens that the model had read before.
+        end: Tokens that it had read then.
+        before: Slots of the layer before.
+        after: Slots of the layer then.
+        index_BK: Places of those with a slot among the new tokens, invalid ones last; None if nobody has one.
+        ranked_BT: True at the tokens that were ranked among each other, where the rule does that.
+    """
+
+    start: int
+    end: int
+    before: int
+    after: int
+    index_BK: Tensor | None
+    ranked_BT: Tensor | None = None
 
 
 class RoutedKV(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -22,55 +46,120 @@ class RoutedKV(DynamicLayer):  # type: ignore[no-untyped-call]
     this layer holds, it reports the logical length, so that any layer may be routed, the first one included.
     """
 
-    is_croppable = False
+    is_croppable = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen = 0
-        self.valid_BS: Tensor | None = None  # None while there is no hole
+        self._noted: Tensor | None = None
+        self._bias: Tensor | None = None  # the same as a mask that is added, (B, 1, 1, S)
+        self._columns = 0
+        self._admissions: list[Admission] = []
 
-    def admit(self, new: KeptTokens | None, tokens: int, *, holes: bool) -> Tensor | None:
+    @property
+    def valid_BS(self) -> Tensor | None:
+        """False at holes, bool (B, S), what was admitted last included; None while there is no hole."""
+        return None if self._noted is None else self._noted[:, : self._columns]
+
+    @valid_BS.setter
+    def valid_BS(self, valid_BS: Tensor | None) -> None:
+        self._noted, self._bias, self._columns = valid_BS, None, 0 if valid_BS is None else valid_BS.shape[1]
+
+    @property
+    def slots(self) -> int:
+        """How many each row has."""
+        return 0 if self.keys is None or self.keys.ndim < 4 else self.keys.shape[-2]
+
+    def admit(
+        self, new: KeptTokens | None, tokens: int, *, holes: bool = False, ranked_BT: Tensor | None = None
+    ) -> None:
         """Takes note of ``tokens`` more tokens, of which ``new`` enter (None: all), before their keys are stored.
 
-        Returns the boolean mask (B, 1, K, S + K) of a step that finds keys of earlier tokens here; None where every
-        query attends to every key, which is so for a single token while there is no hole. ``holes``: whether a slot of
-        ``new`` may be empty, known on the host.
+        Args:
+            new: Those that enter.
+            tokens: How many come.
+            holes: Whether a slot of ``new`` may be empty, known on the host.
+            ranked_BT: True at those that were ranked among each other, if any were.
         """
         self.seen += tokens
-        if new is None and tokens == 1 and self.valid_BS is None:  # what decoding does, in every layer at every step
-            return None
-        held = 0 if self.keys is None else self.keys.shape[-2]
-        if new is None:
-            if self.valid_BS is not None:
-                self.valid_BS = torch.nn.functional.pad(self.valid_BS, (0, tokens), value=True)
-        elif self.valid_BS is not None or holes:
-            before = new.valid_BK.new_ones(len(new.valid_BK), held) if self.valid_BS is None else self.valid_BS
-            self.valid_BS = torch.cat([before, new.valid_BK], dim=1)
-        return self._mask(new, tokens, held)
+        slots, more = self.slots, tokens if new is None else new.index_BK.shape[1]
+        if self._noted is None and holes:
+            assert new is not None
+            self.valid_BS = new.valid_BK.new_ones(len(new.valid_BK), slots)
+        if self._noted is not None:
+            self._lengthen(slots + more)
+            if new is not None:
+                self._noted[:, slots : self._columns] = new.valid_BK
+            if self._bias is not None and new is not None:
+                bias = self._bias[..., slots : self._columns]
+                bias.masked_fill_(~new.valid_BK[:, None, None, :], torch.finfo(bias.dtype).min)
+        if new is not None and tokens > 1:
+            after = slots + more
+            start = self.seen - tokens
+            self._admissions.append(Admission(start, self.seen, slots, after, new.index_BK, ranked_BT))
 
-    def _mask(self, new: KeptTokens | None, tokens: int, held: int) -> Tensor | None:
-        single = tokens == 1 if new is None else new.index_BK.shape[1] == 1
-        if single:
-            return None if self.valid_BS is None else self.valid_BS[:, None, None, :]
-        if new is None:
-            assert self.values is not None
-            place = torch.arange(tokens, device=self.values.device)
-            order_BKK = (place[None, :] <= place[:, None])[None]
-            valid_BS = torch.ones(1, held + tokens, dtype=torch.bool, device=place.device)
-        else:
-            order_BKK = new.index_BK[:, None, :] <= new.index_BK[:, :, None]
-            valid_BS = torch.ones_like(new.valid_BK[:, :1]).expand(-1, held + new.index_BK.shape[1])
-        valid_BS = valid_BS if self.valid_BS is None else self.valid_BS
+    def pass_by(self, tokens: int) -> None:
+        """Takes note of tokens none of which enters, nor could have if fewer of them had come."""
+        start, self.seen = self.seen, self.seen + tokens
+        last = self._admissions[-1] if self._admissions else None
+        if last is not None and last.end == start and last.index_BK is None:
+            start = self._admissions.pop().start
+        self._admissions.append(Admission(start, self.seen, self.slots, self.slots, None))
+
+    def _lengthen(self, columns: int) -> None:
+        """Takes note of slots up to that number, which are valid until somebody says otherwise."""
+        assert self._noted is not None
+        self._columns, missing = columns, columns - self._noted.shape[1]
+        if missing > 0:
+            # Attention kernels read a mask as it lies where its rows begin at multiples of 8.
+            missing += SPARE - (columns + SPARE) % 8
+            self._noted, self._bias = torch.nn.functional.pad(self._noted, (0, missing), value=True), None
+
+    def mask(self, new: KeptTokens | None, tokens: int, attention: str, dtype: torch.dtype) -> Tensor | None:
+        """Whom the tokens that were just admitted attend to: valid ones before them, and themselves.
+
+        As that attention implementation reads it; None where every query attends to every key, which is so for a single
+        token while there is no hole, or where plain causal attention says the same.
+        """
+        if (tokens if new is None else new.index_BK.shape[1]) == 1:
+            return self._of_a_token(attention, dtype)
+        held, known = self.slots, self.keys if self._noted is None else self._noted
+        if known is None or (not held and self._noted is None):
+            return None
+        index_BK = torch.arange(tokens, device=known.device)[None] if new is None else new.index_BK
+        order_BKK = index_BK[:, None, :] <= index_BK[:, :, None]
+        valid_BS = self.valid_BS
+        if valid_BS is None:
+            slots = held + index_BK.shape[1]
+            valid_BS = torch.ones(len(index_BK), slots, dtype=torch.bool, device=known.device)
         past_BKS = valid_BS[:, None, :held].expand(-1, order_BKK.shape[1], -1)
-        own_KK = torch.eye(order_BKK.shape[1], dtype=torch.bool, device=order_BKK.device)
+        own_KK = torch.eye(order_BKK.shape[1], dtype=torch.bool, device=known.device)
         new_BKK = order_BKK & valid_BS[:, None, held:] | own_KK
-        return torch.cat([past_BKS, new_BKK.expand(len(past_BKS), -1, -1)], dim=2)[:, None]
+        mask_B1KS = torch.cat([past_BKS, new_BKK.expand(len(past_BKS), -1, -1)], dim=2)[:, None]
+        return like_model(mask_B1KS, attention, dtype)
+
+    def step(self, attention: Callable[[], str], dtype: torch.dtype) -> Tensor | None:
+        """Takes note of a token of each row that enters unasked: ``admit`` and ``mask`` at once."""
+        self.seen += 1
+        if self._noted is None:
+            return None
+        self._lengthen(self.slots + 1)
+        return self._of_a_token(attention(), dtype)
+
+    def _of_a_token(self, attention: str, dtype: torch.dtype) -> Tensor | None:
+        if self._noted is None:
+            return None
+        if attention.startswith("flash"):
+            return like_model(self._noted[:, None, None, : self._columns], attention, dtype)
+        if self._bias is None or self._bias.dtype is not dtype:
+            self._bias = like_model(self._noted[:, None, None, :], "eager", dtype)  # what is added; sdpa reads it too
+        if attention not in ("eager", "sdpa"):
+            return like_model(self._noted[:, None, None, : self._columns], attention, dtype)
+        return self._bias[..., : self._columns]
 
     def filled_B(self) -> Tensor | int:
         """How many tokens each row holds, (B,); one number where there is no hole."""
-        if self.valid_BS is not None:
-            return self.valid_BS.sum(1)
-        return 0 if self.keys is None else self.keys.shape[-2]
+        return self.slots if self.valid_BS is None else self.valid_BS.sum(1)
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -80,53 +169,80 @@ class RoutedKV(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def reset(self) -> None:
         super().reset()
-        self.seen, self.valid_BS = 0, None
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.seen, self.valid_BS, self._admissions = 0, None, []
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise ValueError(
-            "A cache with routed layers cannot be cropped: it does not know which of its slots the last tokens fill."
-            " Generate without assisted decoding."
-        )
+        """Forgets the last tokens, a negative number of them, whether they got a slot here or not.
+
+        Where a part of the tokens that came together goes, the device is asked how many slots that leaves.
+
+        Raises:
+            ValueError: tokens would go that others were ranked with, and perhaps passed by for.
+        """
+        tokens_to_remove = int(tokens_to_remove)  # of transformers 5.17 it is a tensor
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}) of a cache with routed layers.\nAllowed: minus the number of tokens that are"
+                f" to be forgotten.\nGive crop({tokens_to_remove - self.seen}) to keep {tokens_to_remove}."
+            )
+        self.seen = max(self.seen + tokens_to_remove, 0)
+        while self._admissions and self._admissions[-1].start >= self.seen:
+            self._admissions.pop()
+        last = self._admissions[-1] if self._admissions else None
+        if last is None:
+            self._keep(self.seen)
+        elif self.seen >= last.end:
+            self._keep(last.after + self.seen - last.end)
+        else:
+            self._admissions[-1] = self._cut(last)
+            self._keep(self._admissions[-1].after)
+
+    def _cut(self, last: Admission) -> Admission:
+        """An admission less its tokens that are no longer seen; slots behind those of the fullest row are given up."""
+        if last.index_BK is None:
+            return replace(last, end=self.seen)
+        stays = self.seen - last.start
+        if last.ranked_BT is not None and bool(last.ranked_BT[:, stays:].any()):
+            ranked = last.ranked_BT.any(0).nonzero().max().item() + 1
+            raise ValueError(
+                f"crop to {self.seen} tokens takes away some that were ranked with others, which might have entered in"
+                f" their place.\nAllowed: to {last.start + ranked} tokens at least, or to {last.start} at most.\nRead"
+                " what is left anew."
+            )
+        stay_BK = last.index_BK < stays
+        if self.valid_BS is not None:
+            stay_BK &= self.valid_BS[:, last.before : last.after]
+        counts = stay_BK.sum(1).tolist()
+        K = max(counts)
+        if self.valid_BS is not None or min(counts) < K:
+            before = stay_BK.new_ones(len(stay_BK), last.before)
+            before = before if self.valid_BS is None else self.valid_BS[:, : last.before]
+            self.valid_BS = torch.cat([before, stay_BK[:, :K]], dim=1)
+        return replace(last, end=self.seen, after=last.before + K, index_BK=last.index_BK[:, :K])
+
+    def _keep(self, slots: int) -> None:
+        """Gives up all slots but the first ones."""
+        if self.slots:
+            self.keys, self.values = self.keys[..., :slots, :], self.values[..., :slots, :]  # type: ignore[index]
+        if self.valid_BS is not None:
+            self.valid_BS = self.valid_BS[:, :slots]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        if self.keys is not None:  # tokens were seen, and none of them may have entered
-            super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        self._rows(lambda valid: valid.index_select(0, beam_idx.to(valid.device)))
+        self._rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.keys is not None:
-            super().batch_repeat_interleave(repeats)
-        self._rows(lambda valid: valid.repeat_interleave(repeats, dim=0))
+        self._rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        if self.keys is not None:
-            super().batch_select_indices(indices)
-        self._rows(lambda valid: valid[indices])
+        self._rows(lambda rows: rows[indices])
 
     def _rows(self, pick: Callable[[Tensor], Tensor]) -> None:
+        if self.slots:  # tokens were seen, and none of them may have entered
+            self.keys, self.values = pick(self.keys), pick(self.values)  # type: ignore[arg-type]
         if self.valid_BS is not None:
             self.valid_BS = pick(self.valid_BS)
-
-
-def routed_kv(cache: object, layer: int) -> RoutedKV | None:
-    """This layer's part of a cache, made ready to hold fewer tokens than the model reads; None without a cache.
-
-    Raises:
-        ValueError: the cache stores tokens in a way that a routed layer cannot, such as in slots of fixed places.
-    """
-    if cache is None:
-        return None
-    assert isinstance(cache, Cache)
-    while len(cache.layers) <= layer and cache.layer_class_to_replicate is not None:
-        cache.layers.append(cache.layer_class_to_replicate())
-    found = cache.layers[layer]
-    if isinstance(found, RoutedKV):
-        return found
-    if type(found) is not DynamicLayer or found.get_seq_length():
-        raise ValueError(
-            f"{type(cache).__name__} keeps layer {layer}, which is routed, in a {type(found).__name__}, empty or not."
-            " Routed layers need a DynamicCache that they have filled themselves: pass past_key_values=None,"
-            " cache_implementation='dynamic', or use_cache=False."
-        )
-    cache.layers[layer] = made = RoutedKV()
-    return made
+        self._admissions = [
+            each if each.index_BK is None else replace(each, index_BK=pick(each.index_BK)) for each in self._admissions
+        ]

@@ -36,9 +36,15 @@ class KeptTokens(Decision):
 
     @classmethod
     def of(cls, keep_BT: Tensor, weight_BT: Tensor, bound: int) -> KeptTokens:
-        """From a mask. ``bound`` is the K known on the host: at least the longest row's count, and at least 1."""
+        """From a mask. ``bound`` is the K known on the host: at least the longest row's count.
+
+        With gradients at least 1: a layer without tokens must still touch its parameters in training.
+        """
+        bound = max(bound, int(torch.is_grad_enabled()))
+        if keep_BT.shape[1] == 1:
+            return cls(torch.zeros_like(keep_BT, dtype=torch.long)[:, :bound], keep_BT[:, :bound], weight_BT)
         # Stable, so kept tokens stay in sequence order; the places behind them are tokens that pass by.
-        index_BK = (~keep_BT).to(torch.int8).argsort(dim=1, stable=True)[:, : max(bound, 1)]
+        index_BK = (~keep_BT).to(torch.int8).argsort(dim=1, stable=True)[:, :bound]
         return cls(index_BK, keep_BT.gather(1, index_BK), weight_BT)
 
     def keep_BT(self) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,8 +17,9 @@ from routing.capacity import CapacitySchedule
 from routing.gate import FollowingGate, Gate
 from routing.layer import RoutedLayer, route_layer
 from routing.merge import Merge
+from routing.norm import once
 from routing.placement import Placement
-from routing.positions import CompactPositions
+from routing.positions import CompactPositions, checked
 from routing.router import Router, RouterSpec
 from routing.select import Selector, check_both_routed, check_forecast
 from routing.tape import Part, RoutingTape, Site
@@ -68,6 +68,7 @@ class Decoder:
         self._claims: dict[tuple[int, Part], tuple[Site, Wrap]] = {}
         self.gates: list[Gate] = []
         self._observed: dict[int, tuple[Queries, str]] = {}
+        self._compact: CompactPositions | None = None
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -95,7 +96,7 @@ class Decoder:
         What those still give to the layer is nothing, or the keys and values that kept tokens attend to. Kept tokens
         stand where they stand in the sequence, or are numbered anew (``compact``).
         """
-        numbering = None if positions == "original" else CompactPositions(self._rotary(site))
+        numbering = None if positions == "original" else self._numbering(site)
         if numbering is not None and passed_give == "keys_and_values":
             raise ValueError(
                 f"Plugin {site.by!r}: passed tokens that give keys and values keep their positions.\nAllowed with"
@@ -117,20 +118,15 @@ class Decoder:
 
         self.wrap_layer(site, wrap)
 
-    def _rotary(self, site: Site) -> nn.Module:
-        """The module that turns positions into angles, where it knows one position a token."""
-        rotary = getattr(self.model.get_decoder(), "rotary_emb", None)  # type: ignore[no-untyped-call]
-        asks = inspect.signature(rotary.forward).parameters if isinstance(rotary, nn.Module) else {}
-        config = self.model.config.get_text_config()
-        said = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-        several = "mrope_section" in said or hasattr(self.model.base_model, "get_rope_index")
-        if not isinstance(rotary, nn.Module) or list(asks) != ["x", "position_ids"] or several:
-            raise ValueError(
-                f"Plugin {site.by!r} numbers kept tokens anew (positions: compact), and {type(self.model).__name__} has"
-                " no rotary embedding of one position a token (M-RoPE counts three).\nAllowed: positions original here;"
-                " compact with decoders like LLaMA's and Qwen2's.\nGive positions: original."
-            )
-        return rotary
+    def _numbering(self, site: Site) -> CompactPositions:
+        """One for all layers, whose angles are the same."""
+        if self._compact is None:
+            rotary = getattr(self.model.get_decoder(), "rotary_emb", None)  # type: ignore[no-untyped-call]
+            config, name = self.model.config.get_text_config(), type(self.model).__name__
+            said = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+            several = "mrope_section" in said or hasattr(self.model.base_model, "get_rope_index")
+            self._compact = CompactPositions(checked(rotary, several, site.by, name))
+        return self._compact
 
     def route_layers(
         self,
@@ -274,6 +270,8 @@ class Decoder:
                 else:
                     name = _name(layer, MLP_NAMES if part == "mlp" else ATTENTION_NAMES)
                     setattr(layer, name, wrap(getattr(layer, name), site))
+        for norm in (gate.norm for gate in self.gates if gate.norm is not None):
+            once(norm)
         for index, (queries, _) in self._observed.items():
             layer = self.layers[index]
             attention = self.attention(layer)

@@ -50,13 +50,13 @@ class Gate:
             assert forecast_BTE is not None
             given_BTE = forecast_BTE
         if tape.intervention is None:
-            decision = self.selector(given_BTE, weights_BTE, tokens, share)
+            decision = rule(given_BTE, weights_BTE, tokens, share)
         else:
             decision = tape.intervention(
                 given_BTE, weights_BTE, self.site, self.weighting, self.selector, tokens, share
             )
         asked = None if self.kept(tokens) is None else share
-        candidate_BT = self.selector.candidate_BT(tokens)
+        candidate_BT = rule.candidate_BT(tokens)
         tape.write(
             RoutingRecord(
                 self.site, scores_BTE, decision, asked, tokens, candidate_BT, weights_BTE, forecast_BTE, self.selector
@@ -107,10 +107,18 @@ class Gate:
             else intervention.kept(self.selector, tokens, share)
         )
 
+    def ranked_BT(self, tokens: Tokens) -> Tensor | None:
+        """True at the tokens that the rule in force compares with each other; None where each stands for itself."""
+        rule = self.selector.rule(tokens.phase)
+        return None if rule.causal and self.tape.intervention is None else rule.candidate_BT(tokens)
+
     def ragged(self, tokens: Tokens) -> bool:
-        """Whether rows may keep unlike numbers of tokens, so that the shorter ones leave slots empty."""
+        """Whether a slot may stay empty: rows keep unlike numbers of tokens, or get more than the fullest needs."""
         kept = self.kept(tokens)
-        return kept is None or len(set(kept)) > 1
+        if kept is not None:
+            return len(set(kept)) > 1
+        counted = self.tape.intervention is None and self.selector.rule(tokens.phase).counts
+        return len(tokens.counts_B) > 1 or not counted or torch.is_grad_enabled()
 
 
 @dataclass(frozen=True, eq=False, slots=True)

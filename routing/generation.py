@@ -2,8 +2,104 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Callable
+from typing import cast
+
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedConfig, StaticCache
+
+from routing.applied import Routing
+from routing.layer import RoutedLayer
+from routing.observer import observed
+from routing.select import Selector
+from routing.tokens import TokenKind
+
+ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 
 
 class Generating(nn.Module):
-    """Mixin over a model's class."""
+    """Mixin over a model's class: ``generate`` as transformers has it, refused where it could not be right.
+
+    Gates are told where the prompt ends, so that chunks of it, and further turns, meet the rule of ``prefill``, and all
+    that was generated, candidates of an assistant included, the rule of ``decode``.
+    """
+
+    routing: Routing
+    config: PreTrainedConfig
+    generation_config: GenerationConfig
+
+    def generate(self, inputs: Tensor | None = None, *args: object, **kwargs: object) -> object:
+        """See ``transformers.GenerationMixin.generate``.
+
+        Raises:
+            ValueError: an assistant, under rules that differ between prompts and answers; paged caches; early exit.
+        """
+        config = cast(GenerationConfig | None, args[0] if args else kwargs.get("generation_config"))
+        asked = Asked(kwargs, config or self.generation_config)
+        refuse(asked, [layer for layer in self.modules() if isinstance(layer, RoutedLayer)])
+        if asked("cache_implementation") == "static" or isinstance(kwargs.get("past_key_values"), StaticCache):
+            # A routed layer counts its slots on the host, which a compiled step would do anew for each length.
+            kwargs.setdefault("disable_compile", True)
+        ids, mask = inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get("attention_mask")
+        generate: Callable[..., object] = super().generate  # type: ignore[misc, explicit-any]
+        if not isinstance(ids, Tensor):
+            return generate(inputs, *args, **kwargs)
+        tape, mask = self.routing.tape, mask if isinstance(mask, Tensor) else None
+        whole = ids if mask is None else mask
+        facts = tape.announced
+        if facts is None and whole.shape == ids.shape:
+            # A static cache's masks no longer tell what is padding.
+            facts = observed(ids, mask, cast(int, self.config.image_token_id))
+        with tape.answering(whole.shape[1]), tape.about(facts):
+            return generate(inputs, *args, **kwargs)
+
+    def generate_batch(self, *args: object, **kwargs: object) -> object:
+        """Not supported.
+
+        Raises:
+            ValueError: always; its caches are paged.
+        """
+        raise ValueError(PAGED)
+
+
+PAGED = (
+    "Continuous batching keeps keys and values in pages, where a routed layer cannot keep fewer than others.\nAllowed:"
+    " generate() with a dynamic or a static cache.\nCall generate() batch by batch."
+)
+
+
+class Asked:
+    """What one call asks for: its own arguments before those of its generation config."""
+
+    def __init__(self, given: dict[str, object], config: GenerationConfig) -> None:
+        self.given, self.config = given, config
+
+    def __call__(self, name: str) -> object:
+        return self.given[name] if self.given.get(name) is not None else getattr(self.config, name, None)
+
+
+def refuse(asked: Asked, layers: list[RoutedLayer]) -> None:
+    """Raises ValueError for what would not be what the same tokens give in one forward."""
+    if str(asked("cache_implementation")).startswith("paged"):
+        raise ValueError(PAGED)
+    given = [name for name in ASSISTED if asked(name) is not None]
+    if not given:
+        return
+    if "assistant_early_exit" in given:
+        raise ValueError(
+            "assistant_early_exit lets a part of this model's own layers guess, with the cache of the whole.\nAllowed:"
+            " another model (assistant_model), or words of the prompt (prompt_lookup_num_tokens).\nGive one of these."
+        )
+    for layer in layers:
+        first, then = (layer.gate.selector.rule(phase) for phase in ("prefill", "decode"))
+        if first != then and (answers(first) or answers(then)):
+            raise ValueError(
+                f"{given[0]}: candidates are read together with the prompt, and layer {layer.gate.site.layer} decides"
+                f" by {type(first).__name__} there and by {type(then).__name__} in answers.\nAllowed: one rule for both"
+                " phases, or rules that leave answers alone.\nGenerate without an assistant."
+            )
+
+
+def answers(rule: Selector) -> bool:
+    """Whether a rule decides about answers; one that does not say of which kinds may decide about all."""
+    return TokenKind.ANSWER in getattr(rule, "routes", tuple(TokenKind))

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from routing.cache import RoutedKV, routed_kv
+from routing.cache import RoutedKV
 from routing.decision import KeptTokens
 from routing.gate import Gate
-from routing.gather import like_model, take, take_mask
+from routing.gather import take, take_mask
+from routing.layer_cache import routed_kv
 from routing.merge import Merge
 from routing.positions import CompactPositions
 from routing.tokens import Tokens
@@ -37,41 +39,48 @@ class RoutedLayer(nn.Module):
     def __call__(self, hidden_states: Tensor, *, attention_mask: Tensor | None = None, **kwargs: object) -> Tensor:
         gate = self.gate
         if gate.tape.dense:
-            kwargs["past_key_values"].layers[gate.site.layer].seen += 1  # type: ignore[attr-defined]
-            whole: Tensor = super().__call__(hidden_states, None, None, None, attention_mask=None, **kwargs)
+            held = kwargs["past_key_values"].layers[gate.site.layer]  # type: ignore[attr-defined]
+            mask = held.step(self.attention, hidden_states.dtype)
+            whole: Tensor = super().__call__(hidden_states, None, None, None, attention_mask=mask, **kwargs)
             return whole
-        held, tokens = routed_kv(kwargs.get("past_key_values"), gate.site.layer), gate.tape.tokens
+        tokens, room = gate.tape.tokens, partial(self._room, hidden_states.shape[1])
+        held = routed_kv(kwargs.get("past_key_values"), gate.site.layer, room)
         if held is not None and held.seen and tokens is not None:
             # The model's mask is about keys that this layer may not hold.
             if not gate.idle(tokens):
                 return self._continue(hidden_states, tokens, held, kwargs)
             self._place(hidden_states, None, held, kwargs)
-            mask = held.admit(None, hidden_states.shape[1], holes=False)
-            mask = None if mask is None else like_model(mask, self.attention(), hidden_states.dtype)
+            mask = self._admitted(None, hidden_states, held, holes=False)
             whole = super().__call__(hidden_states, None, None, None, attention_mask=mask, **kwargs)
             return whole
         if tokens is not None and self.merge.mixes:
             hidden_states = self.merge.entering(hidden_states, tokens)
         decision = self._decide(hidden_states)
-        if self._nobody(tokens):
-            return self._passing(hidden_states, decision, held)
+        if not decision.index_BK.shape[1]:
+            return self._pass_by(hidden_states, decision, held, kwargs)
         self._place(hidden_states, decision, held, kwargs)
         if held is not None:
-            held.admit(decision, hidden_states.shape[1], holes=tokens is None or gate.ragged(tokens))
+            held.admit(
+                decision,
+                hidden_states.shape[1],
+                holes=gate.ragged(gate.known()),
+                ranked_BT=gate.ranked_BT(gate.known()),
+            )
         mask = take_mask(attention_mask, decision.index_BK, decision.valid_BK)
         if mask is not None:
             torch._dynamo.maybe_mark_dynamic(mask, [*range(1, mask.ndim)][-2:])
         return self._compute(hidden_states, decision, attention_mask=mask, **kwargs)
 
     def continues_densely(self, tokens: Tokens, cache: Cache) -> bool:
-        """Whether a single token after this cache enters unasked, and attends to all that it finds here."""
-        held = cache.layers[self.gate.site.layer]
-        whole = isinstance(held, RoutedKV) and held.valid_BS is None
-        return whole and self.positions is None and self.gate.idle(tokens)
+        """Whether a single token after this cache enters unasked, at its own position."""
+        known = isinstance(cache.layers[self.gate.site.layer], RoutedKV)
+        return known and self.positions is None and self.gate.idle(tokens)
 
     def _decide(self, hidden_states: Tensor) -> KeptTokens:
         decision = self.gate(hidden_states)
         assert isinstance(decision, KeptTokens)
+        if hidden_states.shape[1] == 1:
+            return decision
         # K is a shape, not a number: layers with different K share one compiled graph.
         torch._dynamo.maybe_mark_dynamic(decision.index_BK, 1)
         torch._dynamo.maybe_mark_dynamic(decision.valid_BK, 1)
@@ -84,34 +93,44 @@ class RoutedLayer(nn.Module):
         if self.positions is not None:
             kwargs["position_embeddings"] = self.positions(x_BTD, entering, held)
 
-    def _nobody(self, tokens: Tokens | None) -> bool:
-        """Whether no token enters, so that there is nothing to compute; in training parameters must be touched."""
-        if torch.is_grad_enabled() or tokens is None:
-            return False
-        kept = self.gate.kept(tokens)
-        return kept is not None and not any(kept)
-
-    def _passing(self, x_BTD: Tensor, decision: KeptTokens, held: RoutedKV | None) -> Tensor:
-        if held is not None:
-            held.seen += x_BTD.shape[1]
-        return self.merge.passed(x_BTD, decision.weight_BT[..., None].to(x_BTD.dtype))
-
     def _compute(self, hidden_states: Tensor, decision: KeptTokens, **kwargs: object) -> Tensor:
         output: Tensor = super().__call__(
             hidden_states, decision.index_BK, decision.valid_BK, decision.weight_BT, **kwargs
         )
         return output
 
+    def _pass_by(self, x_BTD: Tensor, decision: KeptTokens, held: RoutedKV | None, kwargs: dict[str, object]) -> Tensor:
+        """Nobody enters. The call is made all the same: hooks see every layer, and a sharded one is gathered by all."""
+        if held is not None:
+            held.pass_by(x_BTD.shape[1])
+        return self._compute(x_BTD, decision, attention_mask=None, **kwargs)
+
     def _continue(self, x_BTD: Tensor, tokens: Tokens, held: RoutedKV, kwargs: dict[str, object]) -> Tensor:
         """Tokens that are decided on, and find earlier ones in the cache."""
         self.refuse_ranking(tokens)
         decision = self._decide(x_BTD)
-        if self._nobody(tokens):
-            return self._passing(x_BTD, decision, held)
+        if not decision.index_BK.shape[1]:
+            return self._pass_by(x_BTD, decision, held, kwargs)
         self._place(x_BTD, decision, held, kwargs)
-        mask = held.admit(decision, x_BTD.shape[1], holes=True)
-        mask = None if mask is None else like_model(mask, self.attention(), x_BTD.dtype)
+        mask = self._admitted(decision, x_BTD, held, holes=self.gate.ragged(tokens))
         return self._compute(x_BTD, decision, attention_mask=mask, **kwargs)
+
+    def _admitted(self, new: KeptTokens | None, x_BTD: Tensor, held: RoutedKV, *, holes: bool) -> Tensor | None:
+        """Takes note of tokens behind a cache; the mask of keys and queries that they need, as the model's are."""
+        held.admit(new, x_BTD.shape[1], holes=holes)
+        return held.mask(new, x_BTD.shape[1], self.attention(), x_BTD.dtype)
+
+    def _room(self, prompt: int, length: int) -> int:
+        """Slots that a static cache for ``length`` tokens needs here, after a prompt that is about to be read."""
+        tokens = self.gate.known()
+        kept = self.gate.kept(tokens)
+        if kept is None:
+            raise ValueError(
+                f"Layer {self.gate.site.layer}: how many tokens enter depends on the data under"
+                f" {type(self.gate.selector.rule(tokens.phase)).__name__}, so that a StaticCache cannot be cut to it."
+                "\nAllowed: rules with a bound, such as ExpertChoice.\nGive cache_implementation='dynamic'."
+            )
+        return max(kept) + length - prompt
 
     def refuse_ranking(self, tokens: Tokens) -> None:
         """Raises ValueError if tokens behind a cache would be ranked among those of one forward."""
@@ -146,6 +165,10 @@ class RoutedLayer(nn.Module):
                 f" activation checkpointing, or no_grad around a part of the model. Use use_reentrant=False."
             )
         weight_BT1 = weight_BT[..., None].to(hidden_states.dtype)
+        if not index_BK.shape[1]:
+            return self.merge.passed(hidden_states, weight_BT1)
+        if hidden_states.shape[1] == 1:
+            return self._step(hidden_states, valid_BK[..., None], weight_BT1, position_embeddings, kwargs)
         weight_BK1 = take(weight_BT1, index_BK)
         x_BKD = take(hidden_states, index_BK)
         if self.branch is not None:
@@ -162,9 +185,26 @@ class RoutedLayer(nn.Module):
         kept_BKD = torch.where(valid_BK[..., None], kept_BKD, self.merge.passed(x_BKD, weight_BK1))
         return passed_BTD.scatter(1, index_BK[..., None].expand_as(kept_BKD), kept_BKD)
 
+    def _step(
+        self,
+        x_B1D: Tensor,
+        valid_B11: Tensor,
+        weight_B11: Tensor,
+        angles: tuple[Tensor, ...],
+        kwargs: dict[str, object],
+    ) -> Tensor:
+        """The same for single tokens, of which nothing is to be gathered."""
+        if self.branch is not None:
+            self.branch.weight = weight_B11
+        y_B1D = super().forward(x_B1D, position_embeddings=angles, **kwargs)
+        if self.branch is not None:
+            self.branch.weight = None
+        kept_B1D = self.merge.kept(x_B1D, y_B1D, weight_B11)
+        return torch.where(valid_B11, kept_B1D, self.merge.passed(x_B1D, weight_B11))
+
 
 def continues_densely(layers: Sequence[RoutedLayer], tokens: Tokens, cache: Cache) -> bool:
-    """Whether a single token after a cache enters every layer unasked and attends to all that it finds there.
+    """Whether a single token after a cache enters every layer unasked.
 
     So it is in most steps of decoding. It is found out once a step, because asking in every layer took about 1.4 % of
     a step that waits for Python (32 narrow layers on a CPU).
@@ -198,9 +238,9 @@ class WeightedAttention(nn.Module):
     branch: BranchWeight
 
     def forward(self, *args: object, **kwargs: object) -> tuple[Tensor, ...]:
-        output, *rest = super().forward(*args, **kwargs)
         weight = self.branch.weight
-        return (output if weight is None else output * weight.to(output.dtype), *rest)
+        answer: tuple[Tensor, ...] = super().forward(*args, **kwargs)
+        return answer if weight is None else (answer[0] * weight.to(answer[0].dtype), *answer[1:])
 
 
 # One class each: every new class is a new compiled graph.

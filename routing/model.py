@@ -2,38 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 from torch import nn
 
+from routing.applied import Routing
 from routing.generation import Generating
 from routing.layer import mixed
 from routing.saving import Saving
-from routing.tape import RoutingTape
-
-if TYPE_CHECKING:
-    from routing.plugin import RoutingPlugin
-
-
-@dataclass(frozen=True, eq=False)
-class Routing:
-    """How a model is routed.
-
-    Args:
-        plugins: Enabled strategies, by name.
-        tape: Where its gates find facts and leave records.
-    """
-
-    plugins: Mapping[str, RoutingPlugin]
-    tape: RoutingTape
 
 
 class RoutedModel(Generating, Saving):
     """Mixin over a vision-language model's class; no parameter and no attribute of its own but ``routing``."""
-
-    routing: Routing
 
 
 def route_model(model: nn.Module, routing: Routing) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from routing.layer import RoutedLayer, continues_densely
+from routing.layer_cache import read_by
 from routing.tape import RoutingTape
 from routing.tokens import NOWHERE, Phase, TokenKind, Tokens
 
@@ -30,19 +31,40 @@ class TokenObserver:
         mask_BT, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         if not isinstance(ids_BT, Tensor):
             raise ValueError("A routed model finds its vision tokens in input_ids; pass those, not inputs_embeds.")
-        filled, dense = isinstance(cache, Cache) and cache.get_seq_length() > 0, False
-        if filled and ids_BT.shape[1] == 1:
+        seen, new = read_by(cache), ids_BT.shape[1]
+        answers, dense = seen > 0 and self._are_answers(seen, new), False
+        if answers:
             tokens = generated(ids_BT)
             assert isinstance(cache, Cache)
-            dense = continues_densely(self.routed, tokens, cache)
-        elif self.tape.announced is not None and not filled:
-            tokens = lengthened(self.tape.announced, ids_BT)
+            dense = new == 1 and continues_densely(self.routed, tokens, cache)
+        elif self.tape.announced is not None and seen < self.tape.announced.shape[1]:
+            tokens = lengthened(self.tape.announced, ids_BT, seen, cached=cache is not None)
         else:
             two_dimensional = isinstance(mask_BT, Tensor) and mask_BT.ndim == 2
-            mask = mask_BT[:, -ids_BT.shape[1] :] if two_dimensional else None  # type: ignore[index]
+            mask = mask_BT[:, -new:] if two_dimensional else None  # type: ignore[index]
             tokens = observed(ids_BT, mask, model.config.image_token_id)
-        phase: Phase = "train" if model.training else "decode" if filled else "prefill"
+            if seen and self.tape.prompt is None and self.tape.announced is None:
+                self._refuse_unknown(tokens)
+        phase: Phase = "train" if model.training else "decode" if answers else "prefill"
         self.tape.begin(tokens.during(phase, self.tape.progress if model.training else 1.0), dense=dense)
+
+    def _are_answers(self, seen: int, new: int) -> bool:
+        """Whether what follows a cache was generated: a single token is, unless it is known to be of the prompt."""
+        if self.tape.prompt is not None:
+            return seen >= self.tape.prompt
+        return new == 1 if self.tape.announced is None else seen >= self.tape.announced.shape[1]
+
+    def _refuse_unknown(self, tokens: Tokens) -> None:
+        """Raises ValueError where it matters whether these tokens are of the prompt, and nobody said so."""
+        for layer in self.routed:
+            first, then = (layer.gate.selector.rule(phase) for phase in ("prefill", "decode"))
+            if first != then and (first.candidates(tokens) or then.candidates(tokens)):
+                raise ValueError(
+                    f"{tokens.shape[1]} tokens follow a cache: layer {layer.gate.site.layer} would decide on them by"
+                    f" {type(first).__name__} if they were asked, by {type(then).__name__} if they were generated.\n"
+                    "Allowed: to say which. generate() knows; a forward is told by `with tape.about(tokens):`, facts of"
+                    " the whole prompt.\nDo so, or give one rule for both phases."
+                )
 
     def after(self, model: PreTrainedModel, args: object, output: object) -> None:
         self.tape.end()
@@ -57,20 +79,23 @@ def observed(ids_BT: Tensor, mask_BT: Tensor | None, image_token: int) -> Tokens
 
 
 def generated(ids_BT: Tensor) -> Tokens:
-    """Facts of single tokens that follow a cache: ANSWER, without looking at them, so without a host sync."""
+    """Facts of tokens that follow a prompt: ANSWER, without looking at them, so without a host sync."""
     kind_BT = torch.full_like(ids_BT, TokenKind.ANSWER, dtype=torch.int8)
     nowhere = torch.full_like(ids_BT, NOWHERE, dtype=torch.int16)
-    return Tokens(kind_BT, nowhere, nowhere, nowhere, nowhere, (ONE_ANSWER,) * len(ids_BT), "decode")
+    counts = ONE_ANSWER if ids_BT.shape[1] == 1 else tuple(n * ids_BT.shape[1] for n in ONE_ANSWER)
+    return Tokens(kind_BT, nowhere, nowhere, nowhere, nowhere, (counts,) * len(ids_BT), "decode")
 
 
-def lengthened(tokens: Tokens, ids_BT: Tensor) -> Tokens:
-    """Announced facts of a prompt, with the tokens generated since as ANSWER."""
-    (rows, length), (announced_rows, announced) = ids_BT.shape, tokens.shape
+def lengthened(tokens: Tokens, ids_BT: Tensor, seen: int = 0, *, cached: bool = False) -> Tokens:
+    """Announced facts of a prompt, or of a chunk of it behind ``seen`` tokens, with those generated since as ANSWER."""
+    (rows, length), (announced_rows, prompt) = ids_BT.shape, tokens.shape
     if rows % announced_rows == 0 and rows > announced_rows:  # beams, or several answers
         tokens, announced_rows = tokens.repeated(rows // announced_rows), rows
-    if rows != announced_rows or length < announced:
+    if rows != announced_rows or (length < prompt and not cached):
         raise ValueError(
-            f"The announced tokens have shape {(announced_rows, announced)}, the forward's input_ids {(rows, length)}:"
+            f"The announced tokens have shape {(announced_rows, prompt)}, the forward's input_ids {(rows, length)}:"
             f" announce the facts of this very batch, or none."
         )
-    return tokens.extended(length - announced)
+    if seen or length < prompt:
+        tokens = tokens.part(seen, min(seen + length, prompt))
+    return tokens.extended(length - tokens.shape[1])

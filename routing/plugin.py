@@ -14,10 +14,11 @@ from typing import TypeVar
 
 from transformers import PreTrainedModel
 
+from routing.applied import Routing
 from routing.decoder import Decoder
 from routing.forecast import check_taught
 from routing.loss import AuxLoss
-from routing.model import Routing, route_model
+from routing.model import route_model
 from routing.observer import TokenObserver
 from routing.plugin_files import file_of
 from routing.tape import RoutingTape

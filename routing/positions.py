@@ -1,17 +1,22 @@
 """Where kept tokens stand in a layer that numbers them anew.
 
-Shape suffixes: B batch, K kept tokens, D width.
+Shape suffixes: B batch, K kept tokens, N numbers, D width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import inspect
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from routing.cache import RoutedKV
 from routing.decision import KeptTokens
+
+AT_LEAST = 1024
+# Rotary modules of other types take other angles for the same number once a sequence has grown long.
+FIXED = ("default", "linear", "llama3", "yarn")
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,15 +30,45 @@ class CompactPositions:
     """
 
     rotary: nn.Module
+    _angles: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
 
     def __call__(self, x_BTD: Tensor, entering: KeptTokens | None, held: RoutedKV | None) -> tuple[Tensor, ...]:
-        """Angles of the tokens that enter (None: all), behind those that the layer holds already; (B, K, …) each."""
+        """Angles of the tokens that enter (None: all), behind those that the layer holds already; (B or 1, K, …)."""
         B, T, _ = x_BTD.shape
+        before = 0 if held is None else held.filled_B()
+        if T == 1 and held is not None and getattr(self.rotary, "rope_type", None) in FIXED:
+            return self._known(x_BTD, before, held.slots)
         if entering is None:
             place_BK = torch.arange(T, device=x_BTD.device).expand(B, -1)
         else:
             place_BK = (entering.valid_BK.long().cumsum(1) - 1).clamp_min(0)
-        before = 0 if held is None else held.filled_B()
         behind_BK = place_BK + (before[:, None] if isinstance(before, Tensor) else before)
         angles: tuple[Tensor, ...] = self.rotary(x_BTD, position_ids=behind_BK)
         return angles
+
+    def _known(self, x_B1D: Tensor, before: Tensor | int, slots: int) -> tuple[Tensor, ...]:
+        """Angles of single tokens, from a table that the rotary module filled: asking it takes ten kernels a layer."""
+        key = (x_B1D.device, x_B1D.dtype)
+        angles = self._angles.get(key)
+        if angles is None or angles[0].shape[1] <= slots:
+            numbers_1N = torch.arange(2 * max(slots, AT_LEAST), device=x_B1D.device)[None]
+            angles = self._angles[key] = self.rotary(x_B1D, position_ids=numbers_1N)
+        if isinstance(before, int):
+            return tuple(each[:, before : before + 1] for each in angles)
+        return tuple(each[0][before[:, None]] for each in angles)
+
+
+def checked(rotary: object, several: bool, by: str, model: str) -> nn.Module:
+    """A decoder's rotary module, where it knows one position a token; ``several``: whether the model counts more.
+
+    Raises:
+        ValueError: it does not; ``by`` and ``model`` name the plugin and the model.
+    """
+    asks = inspect.signature(rotary.forward).parameters if isinstance(rotary, nn.Module) else {}
+    if not isinstance(rotary, nn.Module) or list(asks) != ["x", "position_ids"] or several:
+        raise ValueError(
+            f"Plugin {by!r} numbers kept tokens anew (positions: compact), and {model} has no rotary embedding of one"
+            " position a token (M-RoPE counts three).\nAllowed: positions original here; compact with decoders like"
+            " LLaMA's and Qwen2's.\nGive positions: original."
+        )
+    return rotary

@@ -24,12 +24,14 @@ class Selector(ABC):
     ``causal``: a token's decision depends on no later token, so that a step after a cache can take it. Cached decoding
     equals one forward if one causal ``rule`` decides in both prefill and decode.
     ``batch_independent``: a row's decision depends on no other row. ``reads``: whether it is given the router's scores,
-    or its forecast in their place.
+    or its forecast in their place. ``counts``: where only the data tell how many tokens enter, whether it asks for the
+    number, so that the fullest row fills its slots.
     """
 
     causal: bool
     batch_independent: bool = True
     reads: Literal["scores", "forecast"] = "scores"
+    counts: bool = True
 
     def rule(self, phase: Phase) -> Selector:
         """What decides in this phase."""
@@ -110,9 +112,11 @@ class DepthSelector(Selector, ABC):
         """Most of ``candidates`` tokens that can enter; None if only the data tell."""
 
     def __call__(self, scores_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens, capacity: float) -> KeptTokens:
-        candidate_BT = self.candidate_BT(tokens)
-        keep_BT = self.lets_in(scores_BTE, weights_BTE, tokens, capacity) | (tokens.valid_BT & ~candidate_BT)
-        weight_BT = torch.where(candidate_BT, weights_BTE[..., 0], 1.0)
+        keep_BT, weight_BT = self.lets_in(scores_BTE, weights_BTE, tokens, capacity), weights_BTE[..., 0]
+        if not tokens.kinds <= frozenset(self.routes):  # else all are candidates, as in every step of decoding
+            candidate_BT = self.candidate_BT(tokens)
+            keep_BT = keep_BT | (tokens.valid_BT & ~candidate_BT)
+            weight_BT = torch.where(candidate_BT, weight_BT, 1.0)
         return KeptTokens.of(keep_BT, weight_BT, self.slots(keep_BT, tokens, capacity))
 
     def lets_in(self, scores_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens, capacity: float) -> Tensor:
@@ -121,10 +125,13 @@ class DepthSelector(Selector, ABC):
 
     def slots(self, keep_BT: Tensor, tokens: Tokens, capacity: float) -> int:
         """How many slots each row gets: what is known on the host, else the longest row's count."""
-        if keep_BT.shape[1] == 1:  # as in every step of decoding
-            return 1
         bound = self.bound(tokens, capacity)
-        return int(keep_BT.sum(1).max()) if bound is None else bound  # the one host sync of a data-dependent rule
+        if bound is not None:
+            return bound
+        # The one host sync of a rule whose answer depends on data.
+        if keep_BT.shape[1] == 1:
+            return int(keep_BT if len(keep_BT) == 1 else keep_BT.any())
+        return int(keep_BT.sum(1).max())
 
     def candidates(self, tokens: Tokens) -> bool:
         return not tokens.kinds.isdisjoint(self.routes)
@@ -193,6 +200,8 @@ class MaskedThreshold(Threshold):
 
     For training: shapes are static, and nothing is saved. Values and gradients are those of ``Threshold``.
     """
+
+    counts = False
 
     def slots(self, keep_BT: Tensor, tokens: Tokens, capacity: float) -> int:
         return keep_BT.shape[1]

@@ -105,6 +105,7 @@ class RoutingTape:
     Attributes:
         progress: How much of the training is over, in [0, 1]; whoever trains sets it before a forward.
         announced: Facts that the caller knows about the next forwards, or None.
+        prompt: Tokens of the prompt that is being answered, read or not, padding included; None if nobody knows.
         tokens: Facts of the forward that runs now, or None between forwards.
         dense: Whether no routed layer has anything to decide or to mask in the forward that runs now.
         earlier: Records of the forward that runs now, first layer first.
@@ -115,6 +116,7 @@ class RoutingTape:
     def __init__(self) -> None:
         self.progress = 1.0
         self.announced: Tokens | None = None
+        self.prompt: int | None = None
         self.tokens: Tokens | None = None
         self.dense = False
         self.earlier: list[RoutingRecord] = []
@@ -130,6 +132,15 @@ class RoutingTape:
             yield
         finally:
             self.announced = before
+
+    @contextmanager
+    def answering(self, prompt: int) -> Iterator[None]:
+        """Inside, what stands behind the first ``prompt`` tokens was generated."""
+        before, self.prompt = self.prompt, prompt
+        try:
+            yield
+        finally:
+            self.prompt = before
 
     @contextmanager
     def intervening(self, intervention: Intervention | None) -> Iterator[None]:
@@ -149,6 +160,11 @@ class RoutingTape:
             yield records
         finally:
             self._recordings = [r for r in self._recordings if r is not records]
+
+    @property
+    def recorded(self) -> bool:
+        """Whether anybody collects records."""
+        return bool(self._recordings)
 
     def begin(self, tokens: Tokens, *, dense: bool = False) -> None:
         """A forward starts."""

@@ -172,6 +172,13 @@ class Tokens:
         kind_BT = F.pad(kind_BT, (0, by), value=TokenKind.ANSWER)
         return Tokens(kind_BT, image, tile, row, column, counts, self.phase, self.progress, evidence, self.id_B)
 
+    def part(self, start: int, stop: int) -> Tokens:
+        """The tokens of these places; counted anew, which is one host sync on an accelerator."""
+        kind, image, tile, row, column = (fact[:, start:stop] for fact in self._tensors())
+        evidence = None if self.evidence_BT is None else self.evidence_BT[:, start:stop]
+        places = {"image_BT": image, "tile_BT": tile, "row_BT": row, "column_BT": column}
+        return Tokens.of(kind, **places, phase=self.phase, evidence_BT=evidence, id_B=self.id_B)
+
     def during(self, phase: Phase, progress: float) -> Tokens:
         """The same tokens, at this point of training or inference."""
         if (phase, progress) == (self.phase, self.progress):

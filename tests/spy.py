@@ -9,7 +9,7 @@ from routing.router import Router
 
 
 class Spy(Callback):
-    """One file a batch: the kinds of its tokens and what every router said of them.
+    """One file a batch: the kinds of its tokens and, in training, what every router said of them.
 
     Args:
         folder: Where the files go.
@@ -29,3 +29,7 @@ class Spy(Callback):
         seen = {"step": self.step, "kind_BT": batch["tokens"].kind_BT, "scores": self.scores}
         torch.save(seen, self.folder / f"{trainer.global_rank}_{self.seen}.pt")
         self.seen += 1
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if not trainer.sanity_checking:
+            torch.save(batch["tokens"].kind_BT, self.folder / f"asked_{trainer.global_rank}_{trainer.global_step}.pt")

@@ -10,6 +10,7 @@ import torch
 from lightning import Trainer
 
 import lit
+from conftest import shrunk
 from lit_modules import LanguageModelling, Optimization, RoutedVLM, TinyLlava
 from plugins.progressive_depths import ProgressiveDepths
 from routing import Constant, Layers, ZLoss
@@ -19,10 +20,11 @@ QUICKSTART = str(Path(__file__).parent.parent.parent / "configs/quickstart.yaml"
 CAPACITY = "--model.init_args.plugins.depth.init_args.capacity"
 
 
-@pytest.fixture
-def trained(tiny, tmp_path) -> Path:
-    lit.main(["fit", "--config", QUICKSTART, *tiny])
-    return tmp_path / "quickstart/version_0/checkpoints/last.ckpt"
+@pytest.fixture(scope="module")
+def trained(digits, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    lit.main(["fit", "--config", QUICKSTART, *shrunk(digits, folder)])
+    return folder / "quickstart/version_0/checkpoints/last.ckpt"
 
 
 def assert_equal_tensors(model: RoutedVLM, checkpoint: Path) -> None:
@@ -72,6 +74,7 @@ def test_the_command_line_beats_the_checkpoint(trained, tiny, monkeypatch):
         ("--model.init_args.plugins.depth.init_args.enabled=false", "only in the checkpoint: model.routers.depth"),
         ("--model.init_args.plugins.depth.init_args.sharing=shared", "only in the model: model.routers.depth.shared"),
         ("--model.init_args.backbone.init_args.hidden=48", "against [48, 32]"),
+        ("--model.init_args.backbone.init_args.heads=4", "heads 2 (now 4)"),  # of equal shapes
     ],
 )
 def test_another_architecture_is_named(trained, tiny, capsys, change, named):

@@ -10,6 +10,7 @@ import pytest
 
 import lit
 from answers import QUICKSTART, answered, check
+from forked import start
 from lit_modules.command_line import RoutingCLI
 
 ROOT = Path(__file__).parent.parent.parent
@@ -102,13 +103,24 @@ def test_in_yaml(text, capsys, tmp_path, only_parsing):
     check(answered([f"--config={tmp_path / 'given.yaml'}"], capsys), IN_YAML[text])
 
 
-@pytest.mark.parametrize("given", [f"{DEPTH}.class_path=ProgresiveDepths", f"{BACKBONE}.init_args.heads=3"])
-def test_as_a_stranger_sees_it(given, tmp_path):
+def seen_by_a_stranger(given, code, error):
+    assert code == 2 and given.partition("=")[2] in error
+    assert len([line for line in error.splitlines() if "Seed set" not in line]) <= 10, error
+
+
+def test_as_a_stranger_sees_it(tmp_path):
+    given = f"{DEPTH}.class_path=ProgresiveDepths"
     command = [sys.executable, str(ROOT / "lit.py"), "fit", "--config", QUICKSTART, given]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
-    assert done.returncode == 2
-    assert given.partition("=")[2] in done.stderr
-    assert len([line for line in done.stderr.splitlines() if "Seed set" not in line]) <= 10, done.stderr
+    seen_by_a_stranger(given, done.returncode, done.stderr)
+
+
+def test_as_a_stranger_sees_what_comes_up_at_building(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    given = f"{BACKBONE}.init_args.heads=3"
+    child = start(["fit", "--config", QUICKSTART, given])
+    child.join(60)
+    seen_by_a_stranger(given, child.exitcode, capfd.readouterr().err)
 
 
 def test_an_error_of_ours_keeps_its_traceback(monkeypatch, tiny):

@@ -129,6 +129,23 @@ def test_histograms_hold_every_candidates_score_once(run, drawn, step):
             low = limit
 
 
+def test_phases_are_counts_over_ranks_of_what_was_asked(run, drawn):
+    asked = [torch.load(path) for path in run.glob(f"asked_?_{STEPS}.pt")]
+    rows = [row for kind_BT in asked for row in kind_BT.tolist()]
+    vision = [sum(kind == TokenKind.VISION for kind in row) for row in rows]
+    text = sum(kind not in (TokenKind.VISION, TokenKind.PAD) for row in rows for kind in row)
+    kept = {layer: sum(kept_count(n, share) for n in vision) for layer, share in SHARES.items()}
+    last = {tag: drawn.Scalars(tag)[-1].value for tag in drawn.Tags()["scalars"]}
+    for layer, n in kept.items():
+        assert last[f"depth/retention/prefill/layer_{layer:02}"] == pytest.approx(n / sum(vision))
+        assert last[f"depth/kv_share/layer_{layer:02}"] == pytest.approx((n + text) / (sum(vision) + text))
+    everything = LAYERS * (sum(vision) + text)
+    stored = sum(kept.values()) + len(SHARES) * text + (LAYERS - len(SHARES)) * (sum(vision) + text)
+    assert last["depth/retention/prefill"] == pytest.approx(sum(kept.values()) / (len(SHARES) * sum(vision)))
+    assert last["depth/kv_share"] == pytest.approx(stored / everything) and len(asked) == 2
+    assert not [tag for tag in last if "decode" in tag]  # answers are not p-MoD's to route
+
+
 def test_the_map_shows_the_counted_shares(run):
     (file,) = run.rglob("retention_map.png")
     pixels = np.asarray(Image.open(file))
@@ -150,7 +167,8 @@ def test_brief_writes_at_most_forty_tags_and_nothing_writes_none(tiny, tmp_path)
     tags = EventAccumulator(str(file)).Reload().Tags()
     ours = [tag for kind in KINDS for tag in tags[kind]]
     assert {"depth/retention", "depth/map", "router/scores", "router/entropy"} <= set(ours)
-    assert len(ours) <= 40, ours
+    assert {"depth/retention/prefill", "depth/kv_share"} <= set(ours)
+    assert len(ours) <= 40 and not [tag for tag in ours if "/layer_" in tag], ours
     lit.main(["fit", QUICKSTART, *tiny, "--trainer.log_every_n_steps=1", "--monitor.detail=nothing"])
     (later,) = set(tmp_path.rglob("events.out.*")) - {file}
     left = EventAccumulator(str(later)).Reload().Tags()

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import lit
+from routing import discover
 from routing.plugin import _REGISTERED
 
 ROOT = Path(__file__).parent.parent.parent
@@ -23,6 +24,7 @@ TEMPLATE = (ROOT / "templates/new_plugin.py").read_text()
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
     """The working directory, with a plugin in a file."""
+    discover()  # ours, wherever this file stands in the order of tests
     before = dict(_REGISTERED)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_depths.py").write_text(TEMPLATE.replace("NewPlugin", "MyDepths"))

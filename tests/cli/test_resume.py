@@ -64,18 +64,19 @@ def losses(file):
     return {line.split()[0]: line for line in file.read_text().splitlines()}
 
 
-@pytest.fixture(scope="module", params=[0, 2], ids=["no workers", "two workers"])
-def uninterrupted(request, digits, tmp_path_factory):
+@pytest.fixture(scope="module")
+def uninterrupted(digits, tmp_path_factory):
+    """A run without workers, which show in no number."""
     folder = tmp_path_factory.mktemp("whole")
     tiny = [f"--config={Path(QUICKSTART[9:]).parent / 'overrides/tiny.yaml'}", f"--data.init_args.root={digits}"]
     tiny += [f"--model.init_args.backbone.init_args.folder={digits}", "--trainer.enable_progress_bar=false"]
-    assert fit(tiny, folder, folder / "losses", workers=request.param) == 0
-    return tiny, losses(folder / "losses"), request.param
+    assert fit(tiny, folder, folder / "losses") == 0
+    return tiny, losses(folder / "losses")
 
 
-def interrupted(uninterrupted, tmp_path, at, delay=0.0):
+def interrupted(uninterrupted, tmp_path, workers, at, delay=0.0):
     """Whether the run was killed in time; asserts that its losses are those of the uninterrupted one."""
-    tiny, whole, workers = uninterrupted
+    tiny, whole = uninterrupted
     file, folder = tmp_path / "losses", tmp_path / "run"
     code = fit(tiny, folder, file, kill_at=at, delay=delay, workers=workers)
     if code == 0:
@@ -87,18 +88,19 @@ def interrupted(uninterrupted, tmp_path, at, delay=0.0):
     return True
 
 
-def test_a_killed_run_goes_on_as_if_it_had_not_been(uninterrupted, tmp_path):
-    _, _, workers = uninterrupted
-    assert interrupted(uninterrupted, tmp_path, at=4 if workers else 11)  # in the first epoch, in the second
+@pytest.mark.parametrize(("workers", "at"), [(0, 11), (2, 4)])  # in the second epoch, in the first
+def test_a_killed_run_goes_on_as_if_it_had_not_been(uninterrupted, tmp_path, workers, at):
+    assert interrupted(uninterrupted, tmp_path, workers, at)
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments(uninterrupted, tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_twenty_kills_at_random_moments(uninterrupted, tmp_path, workers):
     chance, killed = random.Random(0), 0
     for number in range(40):
         (tmp_path / str(number)).mkdir()
         at, delay = chance.randrange(EVERY + 1, STEPS - 1), chance.uniform(0, 0.1)
-        killed += interrupted(uninterrupted, tmp_path / str(number), at, delay)
+        killed += interrupted(uninterrupted, tmp_path / str(number), workers, at, delay)
         if killed == 20:
             return
     raise AssertionError(f"only {killed} of 40 runs were killed in time")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -33,6 +35,7 @@ def parser() -> ArgumentParser:
     return parser
 
 
-def plugins_of(file: str) -> dict[str, RoutingPlugin]:
+@cache  # plugins are frozen, and every law asks for those of every block
+def plugins_of(file: str) -> Mapping[str, RoutingPlugin]:
     reader = parser()
     return reader.instantiate(reader.parse_object({"plugins": yaml.safe_load(BLOCKS[file])})).plugins

@@ -24,7 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(params=BLOCKS)
 def plugins(request: pytest.FixtureRequest) -> dict[str, RoutingPlugin]:
-    return plugins_of(request.param)
+    return dict(plugins_of(request.param))
 
 
 @pytest.hookimpl(wrapper=True)

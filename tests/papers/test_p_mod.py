@@ -64,9 +64,9 @@ def test_p2_kept_counts_are_truncated_in_float32():
     assert sum(kept_count(2928, share) for share in shares()) == 50352
     assert kept_count(2365, shares()[10]) != int(2365 * shares()[10])  # where float64 differs
     for layer in range(8, 32):  # the device computes the same counts as the host
-        n = torch.arange(5000)
-        device = (n.float() * torch.full((), shares()[layer])).long()
-        assert device.tolist() == [kept_count(i, shares()[layer]) for i in range(5000)]
+        n, share = torch.arange(5000), shares()[layer]
+        device = (n.float() * torch.full((), share)).long()
+        assert device.tolist() == [kept_count(i, share) for i in range(5000)]
 
 
 class StubBlock(nn.Module):

@@ -109,7 +109,7 @@ def test_questions_are_asked_one_by_one_left_padded(llava: Make) -> None:
     assert all(counts[TokenKind.ANSWER] == 0 for counts in batch["tokens"].counts_B)
     assert set(batch) == {
         *("input_ids", "attention_mask", "tokens", "pixel_values"),
-        *("ids", "questions", "kinds", "truths", "evidence", "units"),
+        *("ids", "questions", "kinds", "truths", "evidence", "units", "pictures"),
     }
 
 

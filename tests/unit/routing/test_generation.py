@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from transformers import StaticCache
 
 from plugins.mixture_of_depths import MixtureOfDepths
 from plugins.progressive_depths import ProgressiveDepths
@@ -192,11 +191,6 @@ def test_what_cannot_be_right_is_refused_by_name():
     chunk = {"input_ids": batch["input_ids"], "pixel_values": batch["pixel_values"]}
     with pytest.raises(ValueError, match="ExpertChoice ranks tokens among those of one forward"):
         model(**chunk, past_key_values=out.past_key_values, use_cache=True)
-    with pytest.raises(ValueError, match="cannot be cropped"):
-        out.past_key_values.layers[2].crop(-1)
-    static = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
-    with pytest.raises(ValueError, match=r"StaticCache keeps layer 2, which is routed, in a StaticLayer"):
-        model(**batch, past_key_values=static, use_cache=True)
 
 
 def test_a_single_token_step_asks_neither_the_router_nor_the_host():

@@ -1,0 +1,199 @@
+"""The page that benchmarks/inference.py writes."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import transformers
+
+from benchmarks.settings import Plan, Setting
+from benchmarks.subject import DEVICE, Held, Timing
+from lit_modules.routed_vlm import KERNELS
+
+AGAIN = "dense, again"
+HEADS = (
+    "method",
+    "prefill, ms",
+    "over dense",
+    "FLOPs over dense",
+    "**decode, ms per token**",
+    "**over dense**",
+    "limit over dense",
+    "candidates of the prompt that enter",
+    "of the answers",
+    "key-value bytes after the prompt",
+    "counted",
+    "after {steps} tokens",
+    "counted",
+    "empty slots",
+    "peak memory, GiB",
+)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What holds for the whole page.
+
+    Args:
+        command: What made the page.
+        rate: Bytes that a copy moves in a millisecond.
+        methods: What each method is, by name.
+        plan: How long was measured.
+    """
+
+    command: str
+    rate: float
+    methods: Mapping[str, str]
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured in one setting."""
+
+    setting: Setting
+    rounds: int
+    timings: Mapping[str, Timing]
+
+    def over_dense(self, name: str, what: str) -> list[float]:
+        """Turn by turn, over the mean of all instances of dense in that turn."""
+        dense = [getattr(timing, what) for key, timing in self.timings.items() if key in ("dense", AGAIN)]
+        means = [statistics.fmean(turn) for turn in zip(*dense, strict=True)]
+        return [now / mean for now, mean in zip(getattr(self.timings[name], what), means, strict=True)]
+
+    def miscounted(self) -> list[str]:
+        """Caches that do not hold what was counted; with one row, no slot may be empty."""
+        lines = []
+        for name, timing in self.timings.items():
+            for held, when in zip(timing.held, ("the prompt", "all tokens"), strict=True):
+                if held.used != held.counted or (self.setting.rows == 1 and held.measured != held.counted):
+                    lines.append(f"{self.setting.title}, {name}, after {when}: {held}")
+        return lines
+
+
+def page(conditions: Conditions, results: Sequence[Result]) -> str:
+    """Markdown."""
+    lines = [
+        *_top(conditions),
+        *(line for result in results for line in _table(conditions, result)),
+        *_verdicts(results),
+    ]
+    return "\n".join(lines)
+
+
+def _top(conditions: Conditions) -> list[str]:
+    plan, cuda = conditions.plan, DEVICE.type == "cuda"
+    device = f"one {torch.cuda.get_device_name()}" if cuda else "a CPU"
+    kernels = ", ".join(kernel.name.lower() for kernel in KERNELS)
+    return [
+        "# Inference: routed against dense",
+        "",
+        f"Made by `{conditions.command}` on {device}, torch"
+        f" {torch.__version__}, transformers {transformers.__version__}, bf16, eager, DynamicCache, sdpa pinned to"
+        f" {kernels} and PYTORCH_ALLOC_CONF={os.environ.get('PYTORCH_ALLOC_CONF', '')} for all. The language model"
+        " alone, without the vision tower. Half of the text is a system prompt before the vision tokens, half a"
+        f" question behind them; then {plan.steps} single tokens follow. All tokens are random, every row differs, and"
+        " every method reads the same. All methods share one set of random weights in one process, and take turns:"
+        f" after each prefill, and every {plan.turn} tokens of decoding.",
+        "",
+        "Shown are medians (quartiles) of milliseconds, wall-clock from an idle device to an idle device, and of ratios"
+        " within a turn, over the mean of the instances of dense in that turn; where there are two, how much they"
+        " differ bounds what such a ratio can tell. Best possible for the prefill are its FLOPs over dense, and for"
+        " decoding the limit: the weights of the layers that any row enters, and their cache, read once at the"
+        f" {conditions.rate / 1e9:.2f} TB/s that a copy reaches here. Key-value bytes are those of all slots (over"
+        " dense), and beside them the count: beforehand by `routing.cost.count` where a rule has a bound, else from"
+        " the recorded decisions. In a batch, rows with fewer tokens leave slots empty. Peak memory is above the"
+        " weights, as asked of the allocator.",
+        "",
+        "**The shares of tokens that enter are set, not learned.** Routers are random, float32, and fitted to each"
+        " setting's own prompt; the shares that came out stand in the tables, with the smallest and largest layer's."
+        " The gates of a trained model may be correlated over layers and over rows, which changes how many slots stay"
+        " empty in a batch and how often a step skips a layer. Input norms have random weights too, so that a router"
+        " that all layers share does not repeat itself.",
+        "",
+        *(f"- {name}: {says}." for name, says in conditions.methods.items()),
+        "",
+    ]
+
+
+def _table(conditions: Conditions, result: Result) -> list[str]:
+    dense = result.timings["dense"]
+    limit = dense.token_bytes / conditions.rate
+    heads = [head.format(steps=conditions.plan.steps) for head in HEADS]
+    turns = len(dense.token_ms), len(dense.prefill_ms)
+    return [
+        f"## {result.setting.title[0].upper()}{result.setting.title[1:]}",
+        "",
+        f"{turns[0]} turns of decoding and {turns[1]} prefills of each method, in {result.rounds}"
+        f" round{'s' * (result.rounds > 1)}. Decoding's limit for dense is {limit:.2f} ms per token.",
+        "",
+        f"| {' | '.join(heads)} |",
+        f"| --- |{' ---: |' * (len(heads) - 1)}",
+        *(f"| {' | '.join(_cells(result, name))} |" for name in result.timings),
+        "",
+    ]
+
+
+def _cells(result: Result, name: str) -> list[str]:
+    timing, dense = result.timings[name], result.timings["dense"]
+    first, last = timing.held
+    return [
+        name,
+        middle(timing.prefill_ms, 1),
+        middle(result.over_dense(name, "prefill_ms"), 3),
+        f"{timing.flops / dense.flops:.3f}",
+        middle(timing.token_ms, 2),
+        f"**{middle(result.over_dense(name, 'token_ms'), 3)}**",
+        f"{timing.token_bytes / dense.token_bytes:.3f}",
+        share(timing.prompt.share(), timing.prompt.shares()),
+        share(timing.answers.share(), timing.answers.shares()),
+        _bytes(first, dense.held[0]),
+        f"{first.counted:,}",
+        _bytes(last, dense.held[1]),
+        f"{last.counted:,}",
+        f"{1 - last.used / last.measured:.1%}",
+        "" if timing.peak is None else f"{timing.peak / 2**30:.2f}",
+    ]
+
+
+def _bytes(held: Held, dense: Held) -> str:
+    return f"{held.measured:,} ({held.measured / dense.measured:.3f})"
+
+
+def _verdicts(results: Sequence[Result]) -> list[str]:
+    """Read off the numbers above."""
+    lines = [
+        "## Decode over dense",
+        "",
+        "A median of ratios at most the target is held; key-value bytes are those of filled slots, after the prompt and"
+        " after all tokens, and with one row those of all slots.",
+        "",
+        "| setting | method | decode over dense | target | verdict | key-value bytes equal the count |",
+        "| --- | --- | ---: | ---: | --- | --- |",
+    ]
+    for result in results:
+        wrong, target = result.miscounted(), result.setting.target
+        for name in result.timings:
+            if name in ("dense", AGAIN):
+                continue
+            ratios = result.over_dense(name, "token_ms")
+            verdict = "held" if statistics.median(ratios) <= target else "missed"
+            equal = "no" if any(f", {name}, after" in line for line in wrong) else "yes"
+            cells = [result.setting.title, name, middle(ratios, 3), str(target), verdict, equal]
+            lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def middle(values: list[float], digits: int) -> str:
+    """Median and quartiles."""
+    low, median, high = statistics.quantiles(values, n=4)
+    return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def share(whole: float | None, layers: list[float]) -> str:
+    """Of all layers, and the extremes of single ones."""
+    return "not asked" if whole is None else f"{whole:.2f} ({min(layers):.2f} to {max(layers):.2f})"

@@ -57,9 +57,8 @@ class SkipOrKeepRouter(Router):
         self.network = nn.Linear(dim, 2, bias=False, dtype=torch.float32)
 
     def forward(self, inputs: RouterInputs) -> Tensor:
-        with in_float32(inputs.x_BTD):
-            logits_BT2: Tensor = self.network(inputs.x_BTD.float())
-            return logits_BT2[..., 1:] - logits_BT2[..., :1]
+        logits_BT2 = in_float32(self.network, inputs.x_BTD)
+        return logits_BT2[..., 1:] - logits_BT2[..., :1]
 
 
 @dataclass(frozen=True)
@@ -191,10 +190,8 @@ class AtLeast(Threshold):
         p: Least weight with which a token enters.
     """
 
-    def chosen_BT(
-        self, scores_BT: Tensor, weights_BT: Tensor, candidate_BT: Tensor, tokens: Tokens, capacity: float
-    ) -> Tensor:
-        return (weights_BT >= self.p) & candidate_BT
+    def enters(self, weights_BT: Tensor) -> Tensor:
+        return weights_BT >= self.p
 
 
 @register

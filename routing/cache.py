@@ -18,7 +18,7 @@ from routing.gather import like_model
 SPARE = 64  # columns, so that most steps need no kernel to lengthen a mask
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Admission:
     """Tokens that came to a layer together and of which not all got a slot; all others have one slot each.
 
@@ -55,6 +55,7 @@ class RoutedKV(DynamicLayer):  # type: ignore[no-untyped-call]
         self._bias: Tensor | None = None  # the same as a mask that is added, (B, 1, 1, S)
         self._columns = 0
         self._admissions: list[Admission] = []
+        self.densely: bool | None = None  # whether the whole model is, in each step after this cache; if that is known
 
     @property
     def valid_BS(self) -> Tensor | None:
@@ -115,7 +116,9 @@ class RoutedKV(DynamicLayer):  # type: ignore[no-untyped-call]
             missing += SPARE - (columns + SPARE) % 8
             self._noted, self._bias = torch.nn.functional.pad(self._noted, (0, missing), value=True), None
 
-    def mask(self, new: KeptTokens | None, tokens: int, attention: str, dtype: torch.dtype) -> Tensor | None:
+    def mask(
+        self, new: KeptTokens | None, tokens: int, attention: Callable[[], str], dtype: torch.dtype
+    ) -> Tensor | None:
         """Whom the tokens that were just admitted attend to: valid ones before them, and themselves.
 
         As that attention implementation reads it; None where every query attends to every key, which is so for a single
@@ -136,7 +139,7 @@ class RoutedKV(DynamicLayer):  # type: ignore[no-untyped-call]
         own_KK = torch.eye(order_BKK.shape[1], dtype=torch.bool, device=known.device)
         new_BKK = order_BKK & valid_BS[:, None, held:] | own_KK
         mask_B1KS = torch.cat([past_BKS, new_BKK.expand(len(past_BKS), -1, -1)], dim=2)[:, None]
-        return like_model(mask_B1KS, attention, dtype)
+        return like_model(mask_B1KS, attention(), dtype)
 
     def step(self, attention: Callable[[], str], dtype: torch.dtype) -> Tensor | None:
         """Takes note of a token of each row that enters unasked: ``admit`` and ``mask`` at once."""
@@ -144,18 +147,20 @@ class RoutedKV(DynamicLayer):  # type: ignore[no-untyped-call]
         if self._noted is None:
             return None
         self._lengthen(self.slots + 1)
-        return self._of_a_token(attention(), dtype)
+        return self._of_a_token(attention, dtype)
 
-    def _of_a_token(self, attention: str, dtype: torch.dtype) -> Tensor | None:
+    def _of_a_token(self, named: Callable[[], str], dtype: torch.dtype) -> Tensor | None:
         if self._noted is None:
             return None
+        if self._bias is not None and self._bias.dtype is dtype:
+            return self._bias.narrow(3, 0, self._columns)
+        attention = named()
         if attention.startswith("flash"):
             return like_model(self._noted[:, None, None, : self._columns], attention, dtype)
-        if self._bias is None or self._bias.dtype is not dtype:
-            self._bias = like_model(self._noted[:, None, None, :], "eager", dtype)  # what is added; sdpa reads it too
         if attention not in ("eager", "sdpa"):
             return like_model(self._noted[:, None, None, : self._columns], attention, dtype)
-        return self._bias[..., : self._columns]
+        self._bias = like_model(self._noted[:, None, None, :], "eager", dtype)  # what is added; sdpa reads it too
+        return self._bias.narrow(3, 0, self._columns)
 
     def filled_B(self) -> Tensor | int:
         """How many tokens each row holds, (B,); one number where there is no hole."""

@@ -21,7 +21,8 @@ from routing.norm import once
 from routing.placement import Placement
 from routing.positions import CompactPositions, checked
 from routing.router import Router, RouterSpec
-from routing.select import Selector, check_both_routed, check_forecast
+from routing.select import Selector
+from routing.selector_checks import check_both_routed, check_forecast
 from routing.tape import Part, RoutingTape, Site
 from routing.weighting import Weighting
 

@@ -77,7 +77,7 @@ class Gate:
 
     def _ask(self, x_BTD: Tensor, inputs: RouterInputs, foresees: bool) -> tuple[Tensor, Tensor | None]:
         if self.norm is not None:
-            inputs = replace(inputs, x_BTD=self.norm(x_BTD))
+            inputs = RouterInputs(self.norm(x_BTD), inputs.tokens, inputs.records, inputs.site, inputs.attention_BT)
         scores_BTE: Tensor = self.router(inputs)
         return scores_BTE, self.router.forecast(inputs, scores_BTE) if foresees else None
 

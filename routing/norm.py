@@ -21,11 +21,12 @@ class NormOfToken(nn.Module):
         if torch.compiler.is_compiling() or x.ndim != 3 or x.shape[1] > 1 or torch.is_grad_enabled():
             whole: Tensor = super().forward(x)
             return whole
-        known, self.answer = self.answer, None
+        own = self.__dict__  # a module's own way of setting attributes takes longer than a kernel's launch
+        known, own["answer"] = self.answer, None
         if known is not None and known[0] is x:
             return known[1]
         y: Tensor = super().forward(x)
-        self.answer = (x, y)
+        own["answer"] = (x, y)
         return y
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from routing.cache import RoutedKV
 from routing.layer import RoutedLayer, continues_densely
 from routing.layer_cache import read_by
 from routing.tape import RoutingTape
@@ -36,7 +37,7 @@ class TokenObserver:
         if answers:
             tokens = generated(ids_BT)
             assert isinstance(cache, Cache)
-            dense = new == 1 and continues_densely(self.routed, tokens, cache)
+            dense = new == 1 and self._densely(tokens, cache)
         elif self.tape.announced is not None and seen < self.tape.announced.shape[1]:
             tokens = lengthened(self.tape.announced, ids_BT, seen, cached=cache is not None)
         else:
@@ -53,6 +54,15 @@ class TokenObserver:
         if self.tape.prompt is not None:
             return seen >= self.tape.prompt
         return new == 1 if self.tape.announced is None else seen >= self.tape.announced.shape[1]
+
+    def _densely(self, tokens: Tokens, cache: Cache) -> bool:
+        """Whether every step of decoding after this cache is dense; found out in its first one."""
+        first = cache.layers[self.routed[0].gate.site.layer] if self.routed else None
+        if not isinstance(first, RoutedKV):
+            return continues_densely(self.routed, tokens, cache)
+        if first.densely is None:
+            first.densely = continues_densely(self.routed, tokens, cache)
+        return first.densely
 
     def _refuse_unknown(self, tokens: Tokens) -> None:
         """Raises ValueError where it matters whether these tokens are of the prompt, and nobody said so."""

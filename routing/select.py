@@ -14,7 +14,6 @@ from torch import Tensor
 
 from routing.capacity import kept_count
 from routing.decision import Decision, KeptTokens, TokenChoices
-from routing.router import Router
 from routing.tokens import Phase, TokenKind, Tokens
 
 
@@ -113,7 +112,7 @@ class DepthSelector(Selector, ABC):
 
     def __call__(self, scores_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens, capacity: float) -> KeptTokens:
         keep_BT, weight_BT = self.lets_in(scores_BTE, weights_BTE, tokens, capacity), weights_BTE[..., 0]
-        if not tokens.kinds <= frozenset(self.routes):  # else all are candidates, as in every step of decoding
+        if not self.decides_on_all(tokens):
             candidate_BT = self.candidate_BT(tokens)
             keep_BT = keep_BT | (tokens.valid_BT & ~candidate_BT)
             weight_BT = torch.where(candidate_BT, weight_BT, 1.0)
@@ -122,6 +121,10 @@ class DepthSelector(Selector, ABC):
     def lets_in(self, scores_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens, capacity: float) -> Tensor:
         scores_BT, weights_BT = scores_BTE[..., 0].detach(), weights_BTE[..., 0].detach()
         return self.chosen_BT(scores_BT, weights_BT, self.candidate_BT(tokens), tokens, capacity)
+
+    def decides_on_all(self, tokens: Tokens) -> bool:
+        """Whether every token of the batch is a candidate, as in a step of decoding; known on the host."""
+        return all(kind in self.routes for kind in tokens.kinds)
 
     def slots(self, keep_BT: Tensor, tokens: Tokens, capacity: float) -> int:
         """How many slots each row gets: what is known on the host, else the longest row's count."""
@@ -134,7 +137,7 @@ class DepthSelector(Selector, ABC):
         return int(keep_BT.sum(1).max())
 
     def candidates(self, tokens: Tokens) -> bool:
-        return not tokens.kinds.isdisjoint(self.routes)
+        return any(kind in self.routes for kind in tokens.kinds)
 
     def candidate_BT(self, tokens: Tokens) -> Tensor:
         return tokens.mask(self.routes)
@@ -185,12 +188,24 @@ class Threshold(DepthSelector):
     p: float = 0.5
     causal = True
 
+    def enters(self, weights_BT: Tensor) -> Tensor:
+        """True where a token of that weight enters."""
+        return weights_BT > self.p
+
     def chosen_BT(
         self, scores_BT: Tensor, weights_BT: Tensor, candidate_BT: Tensor, tokens: Tokens, capacity: float
     ) -> Tensor:
-        return (weights_BT > self.p) & candidate_BT
+        return self.enters(weights_BT) & candidate_BT
+
+    def lets_in(self, scores_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens, capacity: float) -> Tensor:
+        if self.decides_on_all(tokens):
+            return self.enters(weights_BTE[..., 0])
+        return super().lets_in(scores_BTE, weights_BTE, tokens, capacity)
 
     def most(self, candidates: int, capacity: float) -> None:
+        return None
+
+    def kept(self, tokens: Tokens, capacity: float) -> None:
         return None
 
 
@@ -297,31 +312,3 @@ class SelectBy(Selector):
 
     def lets_in(self, scores_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens, capacity: float) -> Tensor | None:
         return self.rule(tokens.phase).lets_in(scores_BTE, weights_BTE, tokens, capacity)
-
-
-def check_both_routed(by: str, selector: Selector) -> None:
-    """Raises ValueError unless the rule of training routes vision and text: a router for each needs both."""
-    routes = getattr(selector.rule("train"), "routes", tuple(TokenKind))
-    if TokenKind.VISION not in routes or set(routes) <= {TokenKind.VISION}:
-        raise ValueError(
-            f"Plugin {by!r}: modalities: separate gives vision and text a router each, and in training it routes"
-            f" {', '.join(kind.name for kind in routes)}.\nAllowed: routes of VISION and of SYSTEM, QUESTION or"
-            " ANSWER.\nWiden routes, or give modalities: shared."
-        )
-
-
-def check_forecast(by: str, selector: Selector, router: Router) -> None:
-    """Raises ValueError if a phase's rule reads a forecast that the router does not make."""
-    if selector.rule("train").reads == "forecast":
-        raise ValueError(
-            f"Plugin {by!r}: {type(selector.rule('train')).__name__} stands in for a rule that ranks, and in training"
-            " there would be none to learn or to measure it by.\nAllowed: in prefill and decode.\nGive a SelectBy with"
-            " train: ExpertChoice."
-        )
-    phases: tuple[Phase, ...] = ("train", "prefill", "decode")
-    for rule in [selector.rule(phase) for phase in phases if not router.forecasts]:
-        if rule.reads == "forecast":
-            raise ValueError(
-                f"Plugin {by!r}: {type(rule).__name__} reads a forecast, and the router makes none.\nAllowed: a router"
-                " with a forecast, such as Predicted or Calibrated.\nGive one under `router`, or another rule."
-            )

@@ -107,3 +107,35 @@ def test_compiled_layers_equal_eager_ones():
         got, want = model(**batch, use_cache=False), eager(**batch, use_cache=False)
         torch.testing.assert_close(got.logits, want.logits, atol=1e-3, rtol=1e-3)
         got.loss.backward()
+
+
+@pytest.mark.parametrize("cache", ["static", "offloaded"])
+@torch.no_grad()
+def test_other_caches_answer_as_the_dynamic_one(cache):
+    model, _ = routed()
+    batch = on("cuda", {name: value for name, value in padded(ROWS, "left").items() if name != "labels"})
+    how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    want = model.eval().generate(**batch, **how)
+    assert torch.equal(model.generate(**batch, **how, cache_implementation=cache), want)
+
+
+@torch.no_grad()
+def test_a_step_that_asks_no_router_does_not_sync_with_the_host_holes_or_not():
+    model, _ = routed()
+    batch = on("cuda", {name: value for name, value in padded(ROWS, "left").items() if name != "labels"})
+    cache = model.eval()(**batch).past_key_values
+    one = torch.full((len(ROWS), 1), 9, device="cuda")
+    mask = torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
+    places = mask.sum(1, keepdim=True) - 1
+    step = {"input_ids": one, "attention_mask": mask, "position_ids": places, "past_key_values": cache}
+    assert any(getattr(layer, "valid_BS", None) is not None for layer in cache.layers)
+    layers = model.get_decoder().layers
+    torch.cuda.synchronize()
+    hooks = [layers[0].register_forward_pre_hook(lambda *_: torch.cuda.set_sync_debug_mode("error"))]
+    hooks.append(layers[-1].register_forward_hook(lambda *_: torch.cuda.set_sync_debug_mode("default")))
+    try:
+        model(**step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,35 @@
+"""What a selector must be for the routers and forecasts that go with it."""
+
+from __future__ import annotations
+
+from routing.router import Router
+from routing.select import Selector
+from routing.tokens import Phase, TokenKind
+
+
+def check_both_routed(by: str, selector: Selector) -> None:
+    """Raises ValueError unless the rule of training routes vision and text: a router for each needs both."""
+    routes = getattr(selector.rule("train"), "routes", tuple(TokenKind))
+    if TokenKind.VISION not in routes or set(routes) <= {TokenKind.VISION}:
+        raise ValueError(
+            f"Plugin {by!r}: modalities: separate gives vision and text a router each, and in training it routes"
+            f" {', '.join(kind.name for kind in routes)}.\nAllowed: routes of VISION and of SYSTEM, QUESTION or"
+            " ANSWER.\nWiden routes, or give modalities: shared."
+        )
+
+
+def check_forecast(by: str, selector: Selector, router: Router) -> None:
+    """Raises ValueError if a phase's rule reads a forecast that the router does not make."""
+    if selector.rule("train").reads == "forecast":
+        raise ValueError(
+            f"Plugin {by!r}: {type(selector.rule('train')).__name__} stands in for a rule that ranks, and in training"
+            " there would be none to learn or to measure it by.\nAllowed: in prefill and decode.\nGive a SelectBy with"
+            " train: ExpertChoice."
+        )
+    phases: tuple[Phase, ...] = ("train", "prefill", "decode")
+    for rule in [selector.rule(phase) for phase in phases if not router.forecasts]:
+        if rule.reads == "forecast":
+            raise ValueError(
+                f"Plugin {by!r}: {type(rule).__name__} reads a forecast, and the router makes none.\nAllowed: a router"
+                " with a forecast, such as Predicted or Calibrated.\nGive one under `router`, or another rule."
+            )

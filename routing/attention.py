@@ -61,8 +61,8 @@ class ReceivedAttention(FixedScores):
     def scores_BT(self, inputs: RouterInputs) -> Tensor:
         if inputs.attention_BT is None:
             raise ValueError(
-                "No attention of the layer before was seen: a part of the prompt stands behind a cache, or the layer"
-                " ran by itself. Read the prompt in one prefill, or pass use_cache=False."
+                "No attention of the layer before was seen: the prompt is read in chunks, the cache is static, or the"
+                " layer ran by itself.\nAllowed: a prompt in one piece.\nGive a dynamic cache, no prefill_chunk_size."
             )
         return inputs.attention_BT
 
@@ -90,6 +90,8 @@ class Observer:
         tokens = self.tape.tokens
         if tokens is None or tokens.phase == "decode" or key_BHKD.shape[2] != query_BHKD.shape[2]:
             return  # a replay, or a step that follows a cache
+        if self.tape.announced is not None and tokens.shape[1] < self.tape.announced.shape[1]:
+            return  # a chunk, whose last token is not the prompt's
         prompt_BT = prompt(tokens)
         if self.queries == "last":
             prompt_BT = prompt_BT & (prompt_BT.long().cumsum(1) == prompt_BT.sum(1, keepdim=True))

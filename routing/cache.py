@@ -116,30 +116,28 @@ class RoutedKV(DynamicLayer):  # type: ignore[no-untyped-call]
             missing += SPARE - (columns + SPARE) % 8
             self._noted, self._bias = torch.nn.functional.pad(self._noted, (0, missing), value=True), None
 
-    def mask(
-        self, new: KeptTokens | None, tokens: int, attention: Callable[[], str], dtype: torch.dtype
-    ) -> Tensor | None:
-        """Whom the tokens that were just admitted attend to: valid ones before them, and themselves.
+    def mask(self, new: KeptTokens | None, x_BTD: Tensor, attention: Callable[[], str]) -> Tensor | None:
+        """Whom the tokens that were just admitted attend to, of ``x_BTD``: valid ones before them, and themselves.
 
         As that attention implementation reads it; None where every query attends to every key, which is so for a single
         token while there is no hole, or where plain causal attention says the same.
         """
-        if (tokens if new is None else new.index_BK.shape[1]) == 1:
-            return self._of_a_token(attention, dtype)
-        held, known = self.slots, self.keys if self._noted is None else self._noted
-        if known is None or (not held and self._noted is None):
+        if (x_BTD.shape[1] if new is None else new.index_BK.shape[1]) == 1:
+            return self._of_a_token(attention, x_BTD.dtype)
+        held, name, device = self.slots, attention(), x_BTD.device
+        if not held and self._noted is None and name != "eager":  # which takes no mask for every query to every key
             return None
-        index_BK = torch.arange(tokens, device=known.device)[None] if new is None else new.index_BK
+        index_BK = torch.arange(x_BTD.shape[1], device=device)[None] if new is None else new.index_BK
         order_BKK = index_BK[:, None, :] <= index_BK[:, :, None]
         valid_BS = self.valid_BS
         if valid_BS is None:
             slots = held + index_BK.shape[1]
-            valid_BS = torch.ones(len(index_BK), slots, dtype=torch.bool, device=known.device)
+            valid_BS = torch.ones(len(index_BK), slots, dtype=torch.bool, device=device)
         past_BKS = valid_BS[:, None, :held].expand(-1, order_BKK.shape[1], -1)
-        own_KK = torch.eye(order_BKK.shape[1], dtype=torch.bool, device=known.device)
+        own_KK = torch.eye(order_BKK.shape[1], dtype=torch.bool, device=device)
         new_BKK = order_BKK & valid_BS[:, None, held:] | own_KK
         mask_B1KS = torch.cat([past_BKS, new_BKK.expand(len(past_BKS), -1, -1)], dim=2)[:, None]
-        return like_model(mask_B1KS, attention(), dtype)
+        return like_model(mask_B1KS, name, x_BTD.dtype)
 
     def step(self, attention: Callable[[], str], dtype: torch.dtype) -> Tensor | None:
         """Takes note of a token of each row that enters unasked: ``admit`` and ``mask`` at once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import cast
 
@@ -46,12 +47,21 @@ class Generating(nn.Module):
             return generate(inputs, *args, **kwargs)
         tape, mask = self.routing.tape, mask if isinstance(mask, Tensor) else None
         whole = ids if mask is None else mask
+        if mask is not None and bool((mask[:, -1] == 0).any()):
+            raise ValueError(RIGHT)
+        if asked("prefill_chunk_size") and kwargs.get("pixel_values") is not None and not self._reads_encoded():
+            raise ValueError(CHUNKED)
         facts = tape.announced
         if facts is None and whole.shape == ids.shape:
             # A static cache's masks no longer tell what is padding.
             facts = observed(ids, mask, cast(int, self.config.image_token_id))
         with tape.answering(whole.shape[1]), tape.about(facts):
             return generate(inputs, *args, **kwargs)
+
+    def _reads_encoded(self) -> bool:
+        """Whether pictures may come encoded, as generate() then passes them on chunk by chunk."""
+        forward = cast(object, self.forward)
+        return "mm_encoder_outputs" in inspect.signature(cast(Callable[[], object], forward)).parameters
 
     def generate_batch(self, *args: object, **kwargs: object) -> object:
         """Not supported.
@@ -65,6 +75,18 @@ class Generating(nn.Module):
 PAGED = (
     "Continuous batching keeps keys and values in pages, where a routed layer cannot keep fewer than others.\nAllowed:"
     " generate() with a dynamic or a static cache.\nCall generate() batch by batch."
+)
+
+
+RIGHT = (
+    "A row of the prompt ends in padding on the right, after which generate() would take its first new token.\nAllowed:"
+    " padding on the left.\nSet processor.tokenizer.padding_side = 'left'."
+)
+
+
+CHUNKED = (
+    "prefill_chunk_size and pictures: this version of transformers would read the chunks without the pictures.\n"
+    "Allowed: prompts without pictures, or transformers 5.23, which encodes them first.\nLeave prefill_chunk_size out."
 )
 
 

@@ -118,7 +118,7 @@ class RoutedLayer(nn.Module):
     def _admitted(self, new: KeptTokens | None, x_BTD: Tensor, held: RoutedKV, *, holes: bool) -> Tensor | None:
         """Takes note of tokens behind a cache; the mask of keys and queries that they need, as the model's are."""
         held.admit(new, x_BTD.shape[1], holes=holes)
-        return held.mask(new, x_BTD.shape[1], self.attention, x_BTD.dtype)
+        return held.mask(new, x_BTD, self.attention)
 
     def _room(self, prompt: int, length: int) -> int:
         """Slots that a static cache for ``length`` tokens needs here, after a prompt that is about to be read."""

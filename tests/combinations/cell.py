@@ -176,13 +176,17 @@ def verdict(cell: Cell, sizes: Iterable[int]) -> Verdict:
         return Verdict("as dense", "transformers itself answers these rows otherwise than alone", gap)
     if refused and set(found) - set(refused) == {1}:
         return Verdict("single", "batches: " + " / ".join(dict.fromkeys(refused.values())), gap)
-    return Verdict("broken", f"batches of {sorted(refused)} are refused, others not") if refused else _equal(cell, gap)
+    return (
+        Verdict("broken", f"batches of {sorted(refused)} are refused, others not")
+        if refused
+        else _equal(cell, max(found), gap)
+    )
 
 
-def _equal(cell: Cell, gap: float) -> Verdict:
+def _equal(cell: Cell, rows: int, gap: float) -> Verdict:
     """Says so where rows alone are not answered without a cache as they are with one."""
     if cell.cache == "none":
-        cached = [alone(cell.rule, "dynamic", cell.attention, row)[0] for row in range(len(ROWS))]
-        if cached != [alone(cell.rule, "none", cell.attention, row)[0] for row in range(len(ROWS))]:
+        cached = [alone(cell.rule, "dynamic", cell.attention, row)[0] for row in range(rows)]
+        if cached != [alone(cell.rule, "none", cell.attention, row)[0] for row in range(rows)]:
             return Verdict("equal", "to rows alone without a cache, which meet the rule of prompts in answers too", gap)
     return Verdict("equal", gap=gap)

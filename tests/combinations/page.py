@@ -20,16 +20,16 @@ to do instead. The tables say which, and every cell is a test that ran. One exce
 Made by `python -m pytest tests/combinations --combinations docs/generation.md` (torch {torch}, transformers
 {transformers}, CPU, float32, a LLaVA of eight layers with random weights and routers). {ran:,} batches were answered or
 refused: {rules} rules x {caches} caches x 2 sides x attention {attentions} x batches of 1 to {rows} rows
-of {short} to {long} tokens, without a picture, with one and with two, in front and in between. {tokens} greedy tokens of
-each row were held against the row alone with a dynamic cache (under *none*, *sliding*, *quantized* and *beams*: alone
-in the same way). The widest gap between logits of equal answers is {gap:.1g}; {within:g} is allowed.
+of {short} to {long} tokens, without a picture, with one and with two, in front and in between. {tokens} greedy tokens
+of each row were held against the row alone with a dynamic cache (under *none*, *sliding*, *quantized* and *beams*:
+alone in the same way). The widest gap between logits of equal answers is {gap:.1g}; {within:g} is allowed.
 """
 WORDS = {
     "equal": "tokens and logits of every row are those of the row alone, in batches of every size.",
     "refused": "a `ValueError` in batches of every size.",
     "single": "a single row is equal, and batches are refused.",
     "as dense": "rows are answered otherwise than alone, and by the dense model too, in the very same batches.",
-    "GPU": "needs an accelerator: `python -m pytest -m gpu tests/combinations` holds three rules against a dynamic cache.",
+    "GPU": "needs an accelerator: `python -m pytest -m gpu tests/combinations` compares three rules.",
     "broken": "a bug.",
 }
 TEXT = """## What to do instead

@@ -71,9 +71,10 @@ class ExportFolder:
             OSError: there is no room, or no permission; what was there before is untouched.
         """
         path = self.path.resolve()
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        partial = path
         try:
-            partial.mkdir()
+            # A name of its own: another machine may write to the same disk.
+            partial = Path(tempfile.mkdtemp(prefix=f"{path.name}.", suffix=".partial", dir=path.parent))
             yield partial
             manifest = partial / MANIFEST
             manifest.write_text(json.dumps({**about, "files": sizes(partial)}, indent=2) + "\n")
@@ -88,14 +89,20 @@ class ExportFolder:
                 " there before is untouched.\nMake room, or give another --out."
             ) from error
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            if partial != path:
+                shutil.rmtree(partial, ignore_errors=True)
 
     def _take(self, path: Path, partial: Path) -> None:
         self.check()  # again: writing took a while
         old = path.with_name(f"{path.name}.{os.getpid()}.old")
         if path.exists():
             path.rename(old)
-        partial.rename(path)
+        try:
+            partial.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -38,7 +38,10 @@ class AttendedLayer(RoutedLayer):
         gate, tokens = self.gate, self.gate.tape.tokens
         decision = None
         if not gate.tape.dense and not (tokens is not None and gate.idle(tokens)):
-            if tokens is not None and tokens.phase == "decode":
+            cache = kwargs.get("past_key_values")
+            # Of this layer: those before it have read this forward's tokens already.
+            behind = isinstance(cache, Cache) and bool(cache.get_seq_length(gate.site.layer))
+            if tokens is not None and (tokens.phase == "decode" or behind):
                 self.refuse_ranking(tokens)
             decision = self._decide(hidden_states)
         parts = (None,) * 3 if decision is None else (decision.index_BK, decision.valid_BK, decision.weight_BT)

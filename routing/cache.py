@@ -90,6 +90,10 @@ class RoutedKV(DynamicLayer):  # type: ignore[no-untyped-call]
         if self._noted is not None:
             self._lengthen(slots + more)
             if new is not None:
+                # Autograd may have saved what lies here; and what inference mode made is not written to outside it.
+                foreign = self._noted.is_inference() and not torch.is_inference_mode_enabled()
+                if foreign or torch.is_grad_enabled():
+                    self._noted, self._bias = self._noted.clone(), None
                 self._noted[:, slots : self._columns] = new.valid_BK
             if self._bias is not None and new is not None:
                 bias = self._bias[..., slots : self._columns]
@@ -176,44 +180,41 @@ class RoutedKV(DynamicLayer):  # type: ignore[no-untyped-call]
         self.is_initialized = False
         self.seen, self.valid_BS, self._admissions = 0, None, []
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last tokens, a negative number of them, whether they got a slot here or not.
-
-        Where a part of the tokens that came together goes, the device is asked how many slots that leaves.
-
-        Raises:
-            ValueError: tokens would go that others were ranked with, and perhaps passed by for.
-        """
-        tokens_to_remove = int(tokens_to_remove)  # of transformers 5.17 it is a tensor
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raises ValueError for a crop of tokens that others were ranked with, and perhaps passed by for."""
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop({tokens_to_remove}) of a cache with routed layers.\nAllowed: minus the number of tokens that are"
                 f" to be forgotten.\nGive crop({tokens_to_remove - self.seen}) to keep {tokens_to_remove}."
             )
-        self.seen = max(self.seen + tokens_to_remove, 0)
-        while self._admissions and self._admissions[-1].start >= self.seen:
-            self._admissions.pop()
-        last = self._admissions[-1] if self._admissions else None
-        if last is None:
-            self._keep(self.seen)
-        elif self.seen >= last.end:
-            self._keep(last.after + self.seen - last.end)
-        else:
-            self._admissions[-1] = self._cut(last)
-            self._keep(self._admissions[-1].after)
+        seen = max(self.seen + tokens_to_remove, 0)
+        last = next((each for each in reversed(self._admissions) if each.start < seen < each.end), None)
+        if last is None or last.ranked_BT is None or not bool(last.ranked_BT[:, seen - last.start :].any()):
+            return
+        ranked = last.ranked_BT.any(0).nonzero().max().item() + 1
+        raise ValueError(
+            f"crop to {seen} tokens takes away some that were ranked with others, which might have entered in their"
+            f" place.\nAllowed: to {last.start + ranked} tokens at least, or to {last.start} at most.\nRead what is"
+            " left anew."
+        )
 
-    def _cut(self, last: Admission) -> Admission:
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last tokens, a negative number of them, whether they got a slot here or not.
+
+        Where a part of the tokens that came together goes, the device is asked how many slots that leaves.
+        """
+        seen = max(self.seen + int(tokens_to_remove), 0)  # of transformers 5.17 it is a tensor
+        left = [each for each in self._admissions if each.start < seen]
+        if left and seen < left[-1].end:
+            left[-1] = self._cut(left[-1], seen)
+        self.seen, self._admissions = seen, left
+        self._keep(left[-1].after + seen - left[-1].end if left else seen)
+
+    def _cut(self, last: Admission, seen: int) -> Admission:
         """An admission less its tokens that are no longer seen; slots behind those of the fullest row are given up."""
         if last.index_BK is None:
-            return replace(last, end=self.seen)
-        stays = self.seen - last.start
-        if last.ranked_BT is not None and bool(last.ranked_BT[:, stays:].any()):
-            ranked = last.ranked_BT.any(0).nonzero().max().item() + 1
-            raise ValueError(
-                f"crop to {self.seen} tokens takes away some that were ranked with others, which might have entered in"
-                f" their place.\nAllowed: to {last.start + ranked} tokens at least, or to {last.start} at most.\nRead"
-                " what is left anew."
-            )
+            return replace(last, end=seen)
+        stays = seen - last.start
         stay_BK = last.index_BK < stays
         if self.valid_BS is not None:
             stay_BK &= self.valid_BS[:, last.before : last.after]
@@ -223,7 +224,7 @@ class RoutedKV(DynamicLayer):  # type: ignore[no-untyped-call]
             before = stay_BK.new_ones(len(stay_BK), last.before)
             before = before if self.valid_BS is None else self.valid_BS[:, : last.before]
             self.valid_BS = torch.cat([before, stay_BK[:, :K]], dim=1)
-        return replace(last, end=self.seen, after=last.before + K, index_BK=last.index_BK[:, :K])
+        return replace(last, end=seen, after=last.before + K, index_BK=last.index_BK[:, :K])
 
     def _keep(self, slots: int) -> None:
         """Gives up all slots but the first ones."""
@@ -242,7 +243,7 @@ class RoutedKV(DynamicLayer):  # type: ignore[no-untyped-call]
         self._rows(lambda rows: rows[indices])
 
     def _rows(self, pick: Callable[[Tensor], Tensor]) -> None:
-        if self.slots:  # tokens were seen, and none of them may have entered
+        if self.keys is not None and self.keys.ndim == 4:  # tokens were seen, and none of them may have entered
             self.keys, self.values = pick(self.keys), pick(self.values)  # type: ignore[arg-type]
         if self.valid_BS is not None:
             self.valid_BS = pick(self.valid_BS)

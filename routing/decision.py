@@ -7,16 +7,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
-
-
-@lru_cache(maxsize=64)
-def first_of(rows: int, device: torch.device) -> Tensor:
-    """The place of a token that is alone in its row, (B, 1); not to be written to."""
-    return torch.zeros(rows, 1, dtype=torch.long, device=device)
 
 
 class Decision(ABC):
@@ -49,8 +42,8 @@ class KeptTokens(Decision):
         """
         bound = max(bound, int(torch.is_grad_enabled()))
         if keep_BT.shape[1] == 1:
-            index_B1 = first_of(len(keep_BT), keep_BT.device)
-            return cls(index_B1, keep_BT, weight_BT) if bound else cls(index_B1[:, :0], keep_BT[:, :0], weight_BT)
+            index_BK = keep_BT.new_zeros(len(keep_BT), min(bound, 1), dtype=torch.long)
+            return cls(index_BK, keep_BT if bound else keep_BT[:, :0], weight_BT)
         # Stable, so kept tokens stay in sequence order; the places behind them are tokens that pass by.
         index_BK = (~keep_BT).to(torch.int8).argsort(dim=1, stable=True)[:, :bound]
         return cls(index_BK, keep_BT.gather(1, index_BK), weight_BT)

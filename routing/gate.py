@@ -116,7 +116,8 @@ class Gate:
         """Whether a slot may stay empty: rows keep unlike numbers of tokens, or get more than the fullest needs."""
         kept = self.kept(tokens)
         if kept is not None:
-            return len(set(kept)) > 1
+            # With gradients a layer that keeps nobody has a slot all the same.
+            return len(set(kept)) > 1 or (not max(kept) and torch.is_grad_enabled())
         counted = self.tape.intervention is None and self.selector.rule(tokens.phase).counts
         return len(tokens.counts_B) > 1 or not counted or torch.is_grad_enabled()
 

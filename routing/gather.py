@@ -56,6 +56,6 @@ def like_model(mask_B1KS: Tensor, attention: str, dtype: torch.dtype) -> Tensor:
     if attention.startswith("flash") and mask_B1KS.shape[2] == 1:
         return mask_B1KS[:, 0, 0]
     raise ValueError(
-        f"Routed layers cannot continue from a cache with holes under attention {attention!r}: use 'sdpa' or 'eager',"
+        f"Routed layers cannot read several tokens behind a cache under attention {attention!r}: use 'sdpa' or 'eager',"
         " or pass use_cache=False."
     )

@@ -104,6 +104,11 @@ def refuse(asked: Asked, layers: list[RoutedLayer]) -> None:
     """Raises ValueError for what would not be what the same tokens give in one forward."""
     if str(asked("cache_implementation")).startswith("paged"):
         raise ValueError(PAGED)
+    if asked("guidance_scale") not in (None, 1, 1.0):
+        raise ValueError(
+            "guidance_scale reads a second, shorter prompt beside this one, and gates are told of one.\nAllowed: 1.\n"
+            "Leave it out."
+        )
     given = [name for name in ASSISTED if asked(name) is not None]
     if not given:
         return

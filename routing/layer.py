@@ -135,7 +135,7 @@ class RoutedLayer(nn.Module):
     def refuse_ranking(self, tokens: Tokens) -> None:
         """Raises ValueError if tokens behind a cache would be ranked among those of one forward."""
         rule = self.gate.selector.rule(tokens.phase)
-        if not rule.causal:
+        if not rule.causal and rule.candidates(tokens):
             raise ValueError(
                 f"Layer {self.gate.site.layer}: {type(rule).__name__} ranks tokens among those of one forward, and"
                 f" earlier ones lie in the cache already. Read such tokens in one prefill, use a causal rule for this"

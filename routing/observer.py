@@ -37,7 +37,7 @@ class TokenObserver:
         if answers:
             tokens = generated(ids_BT)
             assert isinstance(cache, Cache)
-            dense = new == 1 and self._densely(tokens, cache)
+            dense = new == 1 and not model.training and self._densely(tokens, cache)
         elif self.tape.announced is not None and seen < self.tape.announced.shape[1]:
             tokens = lengthened(self.tape.announced, ids_BT, seen, cached=cache is not None)
         else:

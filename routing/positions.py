@@ -51,8 +51,9 @@ class CompactPositions:
         key = (x_B1D.device, x_B1D.dtype)
         angles = self._angles.get(key)
         if angles is None or angles[0].shape[1] <= slots:
-            numbers_1N = torch.arange(2 * max(slots, AT_LEAST), device=x_B1D.device)[None]
-            angles = self._angles[key] = self.rotary(x_B1D, position_ids=numbers_1N)
+            with torch.inference_mode(False), torch.no_grad():  # steps after this one may need gradients
+                numbers_1N = torch.arange(2 * max(slots, AT_LEAST), device=x_B1D.device)[None]
+                angles = self._angles[key] = self.rotary(x_B1D.new_empty(1), position_ids=numbers_1N)
         if isinstance(before, int):
             return tuple(each[:, before : before + 1] for each in angles)
         return tuple(each[0][before[:, None]] for each in angles)

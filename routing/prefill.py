@@ -63,7 +63,8 @@ def _read_next(model: PreTrainedModel, prompts: Prompts) -> None:
     def forward(*args: object, **kwargs: object) -> object:
         del model.forward  # groups, and the tokens after them, are read as ever
         cache, ids_BT = kwargs.get("past_key_values"), kwargs.get("input_ids")
-        same = not args and isinstance(ids_BT, Tensor) and ids_BT.shape == prompts.tokens.shape
+        told = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")  # of which groups are not joined
+        same = not args and not told and isinstance(ids_BT, Tensor) and ids_BT.shape == prompts.tokens.shape
         if type(cache) is DynamicCache and not cache.offloading and cache.get_seq_length() == 0 and same:
             if fit(kwargs.get(ENCODED), sum(prompts.pictures_B)):
                 return read(model, prompts, cache, kwargs)

@@ -6,9 +6,9 @@ Shape suffixes: B batch, T tokens, E experts (1 when a layer is routed in depth)
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,16 @@ class Router(nn.Module, ABC):
     attends: Literal["last", "all"] | None = None
     normed: bool = False
     forecasts: bool = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves with the model, and stays float32 when it is cast: rounded scores tie."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            made = fn(tensor)
+            is_cast = tensor.dtype is torch.float32 and made.dtype in (torch.float16, torch.bfloat16)
+            return tensor.to(made.device) if is_cast else made
+
+        return cast(Self, super()._apply(moved, recurse))  # type: ignore[no-untyped-call]
 
     @abstractmethod
     def forward(self, inputs: RouterInputs) -> Tensor:

@@ -1,7 +1,7 @@
 """A cache that is filled in chunks, cropped, guessed ahead of, or static: always what one forward says."""
 
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -9,10 +9,25 @@ from transformers import DynamicCache, StaticCache
 
 from plugins.gamma_depths import AtLeast, GammaDepths
 from plugins.late_withdrawal import LateWithdrawal
+from plugins.mixture_of_depths import MixtureOfDepths
 from plugins.progressive_depths import ProgressiveDepths
 from plugins.short_v import ShortV
 from plugins.threshold_depths import ThresholdDepths
-from routing import Between, LinearRouter, RoutedKV, SelectBy, TokenKind, attach
+from routing import (
+    AllOrNothing,
+    Between,
+    Constant,
+    ExpertChoice,
+    LinearRouter,
+    RoutedKV,
+    RoutingPlugin,
+    SelectBy,
+    Sigmoid,
+    Threshold,
+    TokenKind,
+    WholeBlock,
+    attach,
+)
 from tests.tiny import IMAGE, PATCHES, facts, padded, row, tiny_llava
 
 ALL = (TokenKind.SYSTEM, TokenKind.QUESTION, TokenKind.ANSWER, TokenKind.VISION)
@@ -103,10 +118,12 @@ def test_tokens_that_were_ranked_together_are_cropped_together():
     model = routed(P_MOD)
     cache = model(**prompt([row(1, 9)])).past_key_values
     cache.crop(-9)
+    before = [layer.keys.shape for layer in cache.layers]
     with pytest.raises(ValueError, match=f"Allowed: to {1 + PATCHES} tokens at least, or to 0 at most"):
         cache.crop(-1)
     with pytest.raises(ValueError, match="Give crop"):
-        routed(P_MOD)(**prompt([row(1, 9)])).past_key_values.layers[3].crop(4)
+        cache.crop(4)
+    assert [layer.keys.shape for layer in cache.layers] == before  # also of the layers before the one that refuses
 
 
 @pytest.mark.parametrize("name", ["p_mod", "style", "gamma_one_rule", "late", "short_v"])
@@ -213,3 +230,78 @@ def test_a_static_cache_is_refused_to_rules_without_a_bound_and_where_it_is_full
     with pytest.raises((ValueError, IndexError, RuntimeError)):
         for _ in range(3):
             model(words(1), past_key_values=cache)
+
+
+def test_a_layer_that_keeps_nobody_is_attended_to_by_nobody_gradients_or_not():
+    model = routed(MixtureOfDepths(selector=SelectBy(ExpertChoice(), AllOrNothing(ALL), Threshold())))
+    batch, logits = prompt([row(1, 9), row(0, 6, seed=1)]), []
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            cache, mask = model(**batch).past_key_values, batch["attention_mask"]
+            for token in (9, 10, 11):
+                mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+                step = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1}
+                out = model(torch.full((2, 1), token), **step, past_key_values=cache)
+            logits.append(out.logits.detach())
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_step_in_training_mode_meets_the_rule_of_training():
+    rules = SelectBy(Threshold(ALL), ExpertChoice(), Threshold())
+    model = routed(MixtureOfDepths(selector=rules)).train()
+    cache = model(words(9)).past_key_values
+    with model.routing.tape.recording() as records:
+        model(words(1), past_key_values=cache)
+    assert records and {record.tokens.phase for record in records} == {"train"}
+
+
+@torch.no_grad()
+def test_attended_layers_rank_no_chunk_by_itself():
+    @dataclass(frozen=True)
+    class Ranked(RoutingPlugin):
+        def apply(self, decoder):
+            for site in decoder.sites(Between(2, 4)):
+                gate = decoder.gate(site, LinearRouter(), Sigmoid(), ExpertChoice(ALL), Constant(0.5))
+                decoder.route_layer(site, gate, WholeBlock(), "keys_and_values")
+
+    with pytest.raises(ValueError, match="ExpertChoice ranks tokens among those of one forward"):
+        routed(Ranked()).generate(words(20), **GREEDY, max_new_tokens=2, prefill_chunk_size=8)
+
+
+def test_a_cache_goes_on_in_another_mode_and_with_gradients():
+    for plugin in (STYLE, GAMMA):
+        model, batch = routed(plugin), prompt([row(1, 9), row(0, 6, seed=1)])
+        with torch.inference_mode():
+            model.generate(**batch, **GREEDY, max_new_tokens=2)
+            cache = model(**batch).past_key_values
+        one = torch.full((2, 1), 9)
+        mask = torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
+        with torch.no_grad():
+            model(one, attention_mask=mask, past_key_values=cache)
+        cache, loss = model(**batch).past_key_values, 0.0
+        for _ in range(3):
+            loss = loss + model(one, attention_mask=mask, past_key_values=cache).logits.mean()
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        loss.backward()
+
+
+@torch.no_grad()
+def test_a_static_cache_that_was_reset_takes_another_prompt():
+    model = routed(P_MOD)
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=60)
+    how = {**GREEDY, "max_new_tokens": 4}
+    model.generate(**prompt([row(2, 4)]), **how, past_key_values=cache)
+    cache.reset()
+    assert torch.equal(model.generate(words(49), **how, past_key_values=cache), model.generate(words(49), **how))
+
+
+@torch.no_grad()
+def test_a_model_that_is_cast_keeps_its_routers():
+    model = routed(GAMMA)
+    before = {name: value.clone() for name, value in model.routers.state_dict().items()}
+    model.to(torch.bfloat16)
+    assert all(torch.equal(value, before[name]) for name, value in model.routers.state_dict().items())
+    assert model(words(9)).logits.dtype is torch.bfloat16
+    with pytest.raises(ValueError, match="guidance_scale"):
+        model.generate(words(9), **GREEDY, guidance_scale=1.5)

@@ -67,7 +67,8 @@ def test_all_or_nothing_takes_all_candidates_at_capacity_one_and_none_below(capa
     assert torch.equal(decision.keep_BT(), TOKENS.valid_BT & (~routed_BT | there))
     assert gate.kept(TOKENS) == tuple(decision.keep_BT().sum(1).tolist())
     assert decision.index_BK.shape[1] == max(1, *gate.kept(TOKENS))
-    assert selector.causal and gate.ragged(TOKENS) == (len(set(gate.kept(TOKENS))) > 1)
+    counts = gate.kept(TOKENS)  # with gradients, a layer of nobody has a slot, and it is empty
+    assert selector.causal and gate.ragged(TOKENS) == (len(set(counts)) > 1 or not any(counts))
     assert Nothing()(0.3, 0.5) == 0.0
     with gate.tape.intervening(Dense()):
         assert gate.kept(TOKENS) == (6, 4, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 from safetensors import SafetensorError
 
@@ -54,11 +56,16 @@ class ExportFolder:
         if not self.path.is_dir():
             return [self.path.name]
         try:
-            written = json.loads((self.path / MANIFEST).read_text())["files"]
+            manifest = json.loads((self.path / MANIFEST).read_text())
+            written, known = manifest["files"], manifest["sha256"]
         except (OSError, ValueError, KeyError, TypeError):
-            written = {}
-        own = {MANIFEST} if written else set()
-        return [name for name, size in sizes(self.path).items() if name not in own and written.get(name) != size]
+            written = known = {}
+        own, now = {MANIFEST} if written else set(), digests(self.path)
+        return [
+            name
+            for name, size in sizes(self.path).items()
+            if name not in own and (written.get(name), known.get(name)) != (size, now.get(name))
+        ]
 
     @contextmanager
     def writing(self, about: Mapping[str, object]) -> Iterator[Path]:
@@ -71,13 +78,13 @@ class ExportFolder:
             OSError: there is no room, or no permission; what was there before is untouched.
         """
         path = self.path.resolve()
-        partial = path
+        partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")  # another machine may write to the same disk
         try:
-            # A name of its own: another machine may write to the same disk.
-            partial = Path(tempfile.mkdtemp(prefix=f"{path.name}.", suffix=".partial", dir=path.parent))
+            partial.mkdir()
             yield partial
             manifest = partial / MANIFEST
-            manifest.write_text(json.dumps({**about, "files": sizes(partial)}, indent=2) + "\n")
+            known = {"files": sizes(partial), "sha256": digests(partial)}
+            manifest.write_text(json.dumps({**about, **known}, indent=2) + "\n")
             for name in sizes(partial):
                 (partial / name).chmod(manifest.stat().st_mode)  # safetensors lets nobody else read what it writes
                 with (partial / name).open("rb") as file:
@@ -89,8 +96,7 @@ class ExportFolder:
                 " there before is untouched.\nMake room, or give another --out."
             ) from error
         finally:
-            if partial != path:
-                shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
 
     def _take(self, path: Path, partial: Path) -> None:
         self.check()  # again: writing took a while
@@ -104,6 +110,12 @@ class ExportFolder:
                 old.rename(path)
             raise
         shutil.rmtree(old, ignore_errors=True)
+
+
+def digests(folder: Path, most: int = 2**20) -> dict[str, str]:
+    """SHA-256 of each small file below a folder, such as a person might edit and keep as long as it was."""
+    small = [name for name, size in sizes(folder).items() if size <= most and not (folder / name).is_symlink()]
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in small}
 
 
 def sizes(folder: Path) -> dict[str, int]:

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -24,16 +25,16 @@ def main(args: list[str] | None = None) -> None:
         SystemExit: with code 2 after a mistake that the user can mend, printed without a traceback.
     """
     args = sys.argv[1:] if args is None else args
-    if args[:1] == ["plugins"]:
-        plugins(args[1:])
-    elif args[:1] == ["study"]:
-        study(args[1:])
-    elif args[:1] in (["arank"], ["plan"]):
-        layers(args[0], args[1:])
-    elif args[:1] == ["export"]:
-        export(args[1:])
-    elif args[:1] == ["generate"]:
-        generate(args[1:])
+    own = {
+        "plugins": plugins,
+        "study": study,
+        "arank": partial(layers, "arank"),
+        "plan": partial(layers, "plan"),
+        "export": export,
+        "generate": generate,
+    }
+    if args and args[0] in own:
+        own[args[0]](args[1:])
     else:
         train(args)
 
@@ -119,14 +120,10 @@ def export(args: list[str]) -> None:
 
 
 def generate(args: list[str]) -> None:
-    """Answers of an exported folder or a trained model to a question about a picture."""
+    """A model folder's answer to a question about pictures."""
     with answering("The same command starts anew."):
-        import datamodules  # noqa: F401  (importing gives its classes short names)
-        from lit_modules import class_files, generate_command
-        from routing import discover
+        from lit_modules import generate_command
 
-        discover()
-        class_files.accept()
         generate_command.generate(args)
 
 

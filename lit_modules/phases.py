@@ -111,7 +111,7 @@ class PhaseTally:
         """
         self._short = frozenset(n for n, layer in enumerate(decoder_layers(model)) if cuts_cache(layer))
         answering = Answering(tape, torch.tensor(ends, device=model.device))
-        with tape.recording() as records:
+        with tape.recording(in_groups=True) as records:
 
             def after(*_: object) -> None:
                 if answering.number == 1:

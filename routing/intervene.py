@@ -25,9 +25,11 @@ class Intervention(ABC):
     """Other scores for the tokens of a prompt, in every routed layer; generated tokens are decided on as ever.
 
     ``own_scores``: they are the router's own, handed to other tokens, so that a rule may hold them against a threshold.
+    ``batch_independent``: what it ranks a row by depends on no other row.
     """
 
     own_scores: bool = False
+    batch_independent: bool = True
 
     @abstractmethod
     def scores_BT(self, scores_BT: Tensor, site: Site, tokens: Tokens) -> Tensor:
@@ -143,6 +145,7 @@ class Swapped(Intervention):
 
     donor_B: Tensor
     own_scores = True
+    batch_independent = False
 
     def scores_BT(self, scores_BT: Tensor, site: Site, tokens: Tokens) -> Tensor:
         if len(self.donor_B) != len(scores_BT):

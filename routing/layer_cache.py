@@ -72,6 +72,12 @@ def routed_kv(cache: object, layer: int, room: Callable[[int], int]) -> RoutedKV
             " past_key_values=None, cache_implementation='dynamic', or use_cache=False."
         )
     length = found.max_cache_len if isinstance(found, StaticLayer) else None
+    if length is not None and cache.offloading:
+        raise ValueError(
+            f"{type(cache).__name__} with offloading: layer {layer}, which is routed, keeps its slots where it"
+            " computes.\nAllowed: a static cache on the device, or a dynamic one that is offloaded.\nGive"
+            " cache_implementation 'static' or 'offloaded'."
+        )
     cache.__class__ = checking(type(cache))
     cache.layers[layer] = made = RoutedKV() if length is None else RoutedStaticKV(room(length), length)
     return made

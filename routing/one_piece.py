@@ -13,10 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from routing.gate import Gate
 from routing.group import empty
-from routing.intervene import Dense, Oracle, Random, Shuffled
 from routing.tape import RoutingTape
-
-ROW_BY_ROW = (Dense, Random, Shuffled, Oracle)  # interventions that look at no other row
 
 
 def plain_because(
@@ -44,10 +41,10 @@ def plain_because(
         return f"{type(model).__name__} keeps an offset of positions between prompt and answer (M-RoPE)"
     if kinds := {type(layer).__name__ for layer in empty(model).layers if type(layer) is not DynamicLayer}:
         return f"its cache has layers that are more than keys and values of all tokens: {', '.join(sorted(kinds))}"
-    if tape.recorded:
+    if tape.wants_whole_batches:
         return "records are kept of one forward with all rows"
-    if tape.intervention is not None and not isinstance(tape.intervention, ROW_BY_ROW):
-        return f"{type(tape.intervention).__name__} may look at other rows"
+    if tape.intervention is not None and not tape.intervention.batch_independent:
+        return f"{type(tape.intervention).__name__} looks at other rows"
     gates = [gate for module in model.modules() if isinstance(gate := getattr(module, "gate", None), Gate)]
     if mixing := [rule for gate in gates if not (rule := gate.selector.rule("prefill")).batch_independent]:
         return f"{type(mixing[0]).__name__} looks at the whole batch"

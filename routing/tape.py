@@ -123,6 +123,7 @@ class RoutingTape:
         self.attention: dict[int, Tensor] = {}
         self.intervention: Intervention | None = None
         self._recordings: list[list[RoutingRecord]] = []
+        self._whole = 0
 
     @contextmanager
     def about(self, tokens: Tokens | None) -> Iterator[None]:
@@ -152,19 +153,24 @@ class RoutingTape:
             self.intervention = before
 
     @contextmanager
-    def recording(self) -> Iterator[list[RoutingRecord]]:
-        """Collects the records of every forward inside; it may nest."""
+    def recording(self, *, in_groups: bool = False) -> Iterator[list[RoutingRecord]]:
+        """Collects the records of every forward inside; it may nest.
+
+        ``in_groups``: whether rows of a batch may be read apart (``in_buckets``), each group with records of its own.
+        """
         records: list[RoutingRecord] = []
         self._recordings.append(records)
+        self._whole += not in_groups
         try:
             yield records
         finally:
             self._recordings = [r for r in self._recordings if r is not records]
+            self._whole -= not in_groups
 
     @property
-    def recorded(self) -> bool:
-        """Whether anybody collects records."""
-        return bool(self._recordings)
+    def wants_whole_batches(self) -> bool:
+        """Whether anybody collects records of all rows of a batch together."""
+        return self._whole > 0
 
     def begin(self, tokens: Tokens, *, dense: bool = False) -> None:
         """A forward starts."""

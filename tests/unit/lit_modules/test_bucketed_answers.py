@@ -7,6 +7,7 @@ import torch
 from lightning import Trainer
 
 from lit_modules import Generation, RoutedVLM, TinyLlava, routed_vlm
+from lit_modules.phases import PhaseTally
 from plugins.progressive_depths import ProgressiveDepths
 from routing import TokenKind, Tokens
 from stub_data import IMAGE_TOKEN, PATCHES, StubData, prompt_batch
@@ -52,6 +53,20 @@ def test_answers_of_groups_are_those_of_the_batch(module):
     assert [rows for rows, _ in shapes] == [2, 2] and shapes[0][1] < shapes[1][1] == PATCHES + 4
     assert tuple(read[0]) == (4, PATCHES + 4)
     assert grouped == plain and len(set(grouped)) > 1
+
+
+@torch.no_grad()
+def test_a_monitor_that_counts_them_does_not_keep_rows_together(module):
+    counts, read, batch = [], [], uneven()
+    hook = module.model.get_decoder().layers[0].register_forward_pre_hook(lambda _, args: read.append(len(args[0])))
+    for pictures in (True, False):
+        tally = PhaseTally()
+        with tally.counting(module.model, module.tape, 2):
+            module.answers(batch if pictures else {name: x for name, x in batch.items() if name != "pictures"})
+        counts.append(tally.counts())
+    hook.remove()
+    assert read[:2] == [2, 2] and 4 in read
+    assert counts[0] == counts[1] and counts[0].prompt
 
 
 def test_ranks_that_share_layers_read_in_one_piece(module, monkeypatch):

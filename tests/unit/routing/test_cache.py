@@ -14,6 +14,7 @@ from plugins.progressive_depths import ProgressiveDepths
 from plugins.short_v import ShortV
 from plugins.threshold_depths import ThresholdDepths
 from routing import (
+    All,
     AllOrNothing,
     Between,
     Constant,
@@ -128,18 +129,14 @@ def test_tokens_that_were_ranked_together_are_cropped_together():
 
 @pytest.mark.parametrize("name", ["p_mod", "style", "gamma_one_rule", "late", "short_v"])
 @torch.no_grad()
-def test_guessing_ahead_changes_no_token(name):
+def test_guessing_ahead_changes_no_token(name, monkeypatch):
     model = routed(EXACT[name])
     batch = prompt([row(1, 9)])
     batch["input_ids"][0, -6:] = torch.tensor([40, 41, 42, 40, 41, 42])  # so that there is something to look up
     plain = model.generate(**batch, **GREEDY, max_new_tokens=24)
-    rejected = []
-    crop = RoutedKV.crop
-    RoutedKV.crop = lambda self, n: (rejected.append(n), crop(self, n))[1]
-    try:
-        guessed = model.generate(**batch, **GREEDY, max_new_tokens=24, prompt_lookup_num_tokens=3)
-    finally:
-        RoutedKV.crop = crop
+    rejected, crop = [], RoutedKV.crop
+    monkeypatch.setattr(RoutedKV, "crop", lambda self, n: (rejected.append(n), crop(self, n))[1])
+    guessed = model.generate(**batch, **GREEDY, max_new_tokens=24, prompt_lookup_num_tokens=3)
     assert torch.equal(plain, guessed)
     assert name == "short_v" or any(rejected)
 
@@ -224,12 +221,16 @@ def test_a_static_cache_is_refused_to_rules_without_a_bound_and_where_it_is_full
     batch = prompt(ROWS[:1])
     with pytest.raises(ValueError, match=r"Layer 1: .* under Threshold, so that a StaticCache cannot be cut to it"):
         routed(STYLE).generate(**batch, **GREEDY, max_new_tokens=2, cache_implementation="static")
-    model = routed(P_MOD)
+    model = routed(MixtureOfDepths(placement=All()))  # else a dense layer's own cache is full first
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=batch["input_ids"].shape[1] + 1)
     model(**batch, past_key_values=cache)
-    with pytest.raises((ValueError, IndexError, RuntimeError)):
-        for _ in range(3):
-            model(words(1), past_key_values=cache)
+    model(words(1), past_key_values=cache)
+    with pytest.raises(ValueError, match="has no room for 1 more in a routed layer"):
+        model(words(1), past_key_values=cache)
+    away = StaticCache(config=model.config.get_text_config(), max_cache_len=60)
+    away.offloading = True
+    with pytest.raises(ValueError, match="StaticCache with offloading: layer 0"):
+        model(**batch, past_key_values=away)
 
 
 def test_a_layer_that_keeps_nobody_is_attended_to_by_nobody_gradients_or_not():

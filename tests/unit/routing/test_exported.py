@@ -195,7 +195,7 @@ def test_transformers_alone_names_the_routers_that_it_does_not_use(whole, caplog
         logger.removeHandler(caplog.handler)
     routers = {name for name in Exported(str(whole)).names() if name.startswith("routers.")}
     assert len(routers) == 6 and set(report["unexpected_keys"]) == routers and not report["missing_keys"]
-    (said,) = caplog.records
+    (said,) = set(caplog.records)  # under CI=true transformers lets a record propagate, so it arrives twice
     assert said.levelno == logging.WARNING
     assert "routers.depth.{1, 2, 3}.network.weight" in said.getMessage() and "UNEXPECTED" in said.getMessage()
     assert not hasattr(model, "routers")

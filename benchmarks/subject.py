@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from lit_modules import FromConfig
 from routing import KeptTokens, RoutingPlugin, RoutingRecord, RoutingTape, TokenKind, Tokens, attach
 from routing.cost import Convention, DecoderShape, count
-from routing.decoder import decoder_layers
+from routing.names import decoder_layers
 from routing.stored import stored
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

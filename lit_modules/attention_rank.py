@@ -17,7 +17,7 @@ from lit_modules.batches import model_inputs
 from lit_modules.dense_subject import DenseSubject, Sample
 from lit_modules.estimate import Estimate
 from routing.attention import observe
-from routing.decoder import ATTENTION_NAMES, decoder_layers
+from routing.names import ATTENTION_NAMES, decoder_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

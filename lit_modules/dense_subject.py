@@ -16,7 +16,7 @@ from lit_modules.routed_vlm import RoutedVLM
 from lit_modules.speed import MIXED, moved
 from lit_modules.start import Start
 from routing import RoutingPlugin, TokenKind, Tokens
-from routing.decoder import decoder_layers
+from routing.names import decoder_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

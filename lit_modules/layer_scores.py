@@ -31,7 +31,8 @@ from routing import (
     WholeBlock,
     attach,
 )
-from routing.decoder import Gives, decoder_layers
+from routing.decoder import Gives
+from routing.names import decoder_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from lit_modules.retention_map import label
 from routing import AttendedLayer, KeptTokens, RoutedLayer, RoutingRecord, RoutingTape, Site
-from routing.decoder import decoder_layers
+from routing.names import decoder_layers
 from routing.tokens import Phase, Tokens
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")

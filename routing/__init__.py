@@ -5,17 +5,20 @@ from routing.attention import ReceivedAttention
 from routing.cache import RoutedKV
 from routing.capacity import CapacitySchedule, Constant, Linear, Nothing, PerLayer, ShiftedCosine, WarmUp
 from routing.chance import uniform_BT
-from routing.decision import Decision, ExpertChoices, KeptTokens, TokenChoices
-from routing.decoder import Decoder, Modalities, Positions, Sharing
+from routing.choose import ExpertsChoose, ExpertSelector, TokenChoice
+from routing.decision import Decision, ExpertChoices, KeptTokens, MixedChoices, TokenChoices
+from routing.decoder import Decoder, Modalities, Positions
 from routing.exported import load_routed
 from routing.forecast import Calibrated, Forecast, ForecastCrossEntropy, Predicted
 from routing.gate import FollowingGate, Gate
 from routing.intervene import Intervention
 from routing.layer import RoutedLayer, route_layer
-from routing.loss import AuxLoss, LoadBalance, RouterCrossEntropy, ZLoss
+from routing.loads import load_E
+from routing.loss import AuxLoss, BatchLoss, LoadBalance, RouterCrossEntropy, ZLoss
 from routing.merge import BothBranches, FeedForwardBranch, Merge, ScaledPassing, WholeBlock
 from routing.placement import All, Between, Every, Layers, Placement
 from routing.plugin import RoutingPlugin, attach, discover, register, registered
+from routing.routed_mlp import RoutedMLP
 from routing.router import (
     FixedScores,
     LinearRouter,
@@ -28,6 +31,7 @@ from routing.router import (
     Unscored,
     in_float32,
 )
+from routing.routers import Sharing
 from routing.select import (
     AllOrNothing,
     DepthSelector,
@@ -36,13 +40,13 @@ from routing.select import (
     SelectBy,
     Selector,
     Threshold,
-    TokenChoice,
     count_of,
     top_mask,
 )
 from routing.stored import StoredLayer, stored
 from routing.tape import RoutingRecord, RoutingTape, Site
 from routing.tokens import TokenKind, Tokens
+from routing.upcycling import Copies, Split, Upcycling
 from routing.weighting import Sigmoid, Softmax, TanhNorm, Unbounded, Unweighted, Weighting
 
 __all__ = [
@@ -50,17 +54,21 @@ __all__ = [
     "AllOrNothing",
     "AttendedLayer",
     "AuxLoss",
+    "BatchLoss",
     "Between",
     "BothBranches",
     "Calibrated",
     "CapacitySchedule",
     "Constant",
+    "Copies",
     "Decision",
     "Decoder",
     "DepthSelector",
     "Every",
     "ExpertChoice",
     "ExpertChoices",
+    "ExpertSelector",
+    "ExpertsChoose",
     "FeedForwardBranch",
     "FixedScores",
     "FollowingGate",
@@ -76,6 +84,7 @@ __all__ = [
     "MLPRouter",
     "MaskedThreshold",
     "Merge",
+    "MixedChoices",
     "Modalities",
     "ModalityRouter",
     "Nothing",
@@ -86,6 +95,7 @@ __all__ = [
     "ReceivedAttention",
     "RoutedKV",
     "RoutedLayer",
+    "RoutedMLP",
     "Router",
     "RouterCrossEntropy",
     "RouterInputs",
@@ -101,6 +111,7 @@ __all__ = [
     "Sigmoid",
     "Site",
     "Softmax",
+    "Split",
     "StoredLayer",
     "TanhNorm",
     "Threshold",
@@ -112,6 +123,7 @@ __all__ = [
     "Unbounded",
     "Unscored",
     "Unweighted",
+    "Upcycling",
     "WarmUp",
     "Weighting",
     "WholeBlock",
@@ -120,6 +132,7 @@ __all__ = [
     "count_of",
     "discover",
     "in_float32",
+    "load_E",
     "load_routed",
     "register",
     "registered",

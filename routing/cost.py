@@ -13,9 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from routing.attended import AttendedLayer
-from routing.decoder import decoder_layers
 from routing.gate import FollowingGate
 from routing.layer import RoutedLayer
+from routing.names import decoder_layers
 from routing.tokens import Tokens
 
 

@@ -6,7 +6,8 @@ Shape suffixes: B batch, T tokens, K tokens kept (depth) or experts of a token (
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -18,6 +19,10 @@ class Decision(ABC):
     @abstractmethod
     def routed_BTE(self, tokens: int, experts: int) -> Tensor:
         """Dense view for metrics and oracles: True where the token goes to the expert; bool (B, T, E)."""
+
+    @abstractmethod
+    def detached(self) -> Self:
+        """The same decision without the graph of its weights."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,9 @@ class KeptTokens(Decision):
         index_BK = (~keep_BT).to(torch.int8).argsort(dim=1, stable=True)[:, :bound]
         return cls(index_BK, keep_BT.gather(1, index_BK), weight_BT)
 
+    def detached(self) -> Self:
+        return replace(self, weight_BT=self.weight_BT.detach())
+
     def keep_BT(self) -> Tensor:
         """True where the token is kept; bool (B, T)."""
         return torch.zeros_like(self.weight_BT, dtype=torch.bool).scatter(1, self.index_BK, self.valid_BK)
@@ -75,6 +83,9 @@ class TokenChoices(Decision):
         chosen = torch.nn.functional.one_hot(self.expert_BTK, experts).bool() & self.valid_BTK[..., None]
         return chosen.any(2)
 
+    def detached(self) -> Self:
+        return replace(self, weight_BTK=self.weight_BTK.detach())
+
 
 @dataclass(frozen=True)
 class ExpertChoices(Decision):
@@ -95,3 +106,25 @@ class ExpertChoices(Decision):
         assert E == experts
         mask_BET = torch.zeros(B, E, tokens, dtype=torch.bool, device=self.token_BEC.device)
         return mask_BET.scatter(2, self.token_BEC, self.valid_BEC).transpose(1, 2)
+
+    def detached(self) -> Self:
+        return replace(self, weight_BEC=self.weight_BEC.detach())
+
+
+@dataclass(frozen=True)
+class MixedChoices(Decision):
+    """Width: experts choose among some tokens, and the others choose experts.
+
+    Args:
+        tokens: What tokens chose; invalid at those that experts choose among.
+        experts: What experts chose.
+    """
+
+    tokens: TokenChoices
+    experts: ExpertChoices
+
+    def routed_BTE(self, tokens: int, experts: int) -> Tensor:
+        return self.tokens.routed_BTE(tokens, experts) | self.experts.routed_BTE(tokens, experts)
+
+    def detached(self) -> Self:
+        return replace(self, tokens=self.tokens.detached(), experts=self.experts.detached())

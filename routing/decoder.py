@@ -7,47 +7,36 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Literal
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from routing.attended import AttendedLayer, check_attended, route_attended
 from routing.attention import Observer, Queries, observe
 from routing.capacity import CapacitySchedule
+from routing.feed_forward import FeedForward
 from routing.gate import FollowingGate, Gate
+from routing.inside import deciding_inside
 from routing.layer import RoutedLayer, route_layer
 from routing.merge import Merge
+from routing.names import attention_of, decoder_layers, mlp_of, norm_of
 from routing.norm import once
 from routing.placement import Placement
 from routing.positions import CompactPositions, checked
+from routing.routed_mlp import upcycled
 from routing.router import Router, RouterSpec
+from routing.routers import Routers, Sharing
 from routing.select import Selector
-from routing.selector_checks import check_both_routed, check_forecast
+from routing.selector_checks import check_attends, check_both_routed, check_forecast
 from routing.tape import Part, RoutingTape, Site
+from routing.upcycling import Upcycling
 from routing.weighting import Weighting
 
-Sharing = Literal["separate", "shared"]
 Modalities = Literal["shared", "separate"]
 Positions = Literal["original", "compact"]
 Gives = Literal["nothing", "keys_and_values"]
 Wrap = Callable[[nn.Module, Site], nn.Module]
 
-MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe")
-ATTENTION_NAMES = ("self_attn", "attention")
-NORM_NAMES = ("input_layernorm", "attention_norm", "ln_1")
 ORDER: tuple[Part, ...] = ("attention", "mlp", "layer")  # inner parts first: a routed layer may hook what they became
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The language model's layers, first layer first.
-
-    Raises:
-        ValueError: the model has no such list.
-    """
-    layers = getattr(model.get_decoder(), "layers", None)  # type: ignore[no-untyped-call]
-    if not isinstance(layers, nn.ModuleList):
-        raise ValueError(f"{type(model).__name__} has no list of decoder layers at get_decoder().layers to route.")
-    return layers
 
 
 class Decoder:
@@ -65,7 +54,7 @@ class Decoder:
         self.layers = decoder_layers(model)
         self.dim: int = model.config.get_text_config().hidden_size
         self._by = ""
-        self._built: dict[tuple[str, str], tuple[RouterSpec, int]] = {}
+        self._routers = Routers(model, self.dim)
         self._claims: dict[tuple[int, Part], tuple[Site, Wrap]] = {}
         self.gates: list[Gate] = []
         self._observed: dict[int, tuple[Queries, str]] = {}
@@ -122,11 +111,7 @@ class Decoder:
     def _numbering(self, site: Site) -> CompactPositions:
         """One for all layers, whose angles are the same."""
         if self._compact is None:
-            rotary = getattr(self.model.get_decoder(), "rotary_emb", None)  # type: ignore[no-untyped-call]
-            config, name = self.model.config.get_text_config(), type(self.model).__name__
-            said = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-            several = "mrope_section" in said or hasattr(self.model.base_model, "get_rope_index")
-            self._compact = CompactPositions(checked(rotary, several, site.by, name))
+            self._compact = CompactPositions(checked(self.model, site.by))
         return self._compact
 
     def route_layers(
@@ -147,6 +132,23 @@ class Decoder:
                 gate = self.gate(site, router, weighting, selector, capacity, sharing, modalities)
                 self.route_layer(site, gate, merge, positions=positions)
 
+    def route_mlp(
+        self, site: Site, gate: Gate, upcycling: Upcycling, experts: int, nulls: int = 0, residual: Router | None = None
+    ) -> None:
+        """Claims a layer's feed-forward network for width routing: it becomes ``experts`` networks, and ``nulls`` none.
+
+        ``residual``: a router of two scores, experts and the dense network, which stays as a branch of its own.
+        """
+        FeedForward.of(
+            self.mlp(self.layers[site.layer]), site
+        )  # what cannot be carried out is refused before anything is
+
+        def wrap(mlp: nn.Module, _: Site) -> nn.Module:
+            running, config = deciding_inside(self.layers[site.layer], self.tape), self.model.config.get_text_config()
+            return upcycled(mlp, gate, running, config, upcycling, experts, nulls, residual)
+
+        self.wrap_mlp(site, wrap)
+
     @property
     def attention_in_force(self) -> Callable[[], str]:
         """Tells the name of the decoder's attention implementation, which may change after routing."""
@@ -159,23 +161,26 @@ class Decoder:
         router: RouterSpec,
         weighting: Weighting,
         selector: Selector,
-        capacity: CapacitySchedule,
+        capacity: CapacitySchedule | None,
         sharing: Sharing = "separate",
         modalities: Modalities = "shared",
+        experts: int = 1,
     ) -> Gate:
         """The decision at a site, with a router of its own or one that all sites of this plugin share.
 
-        ``modalities``: one router for vision and text, or one for each.
+        ``modalities``: one router for vision and text, or one for each. ``experts``: scores of a token.
         """
         if modalities == "separate":
             check_both_routed(site.by, selector)
             router = router.for_each_modality()
-        built = self.router(router, site, sharing)
+        built = self.router(router, site, sharing, experts)
         check_forecast(site.by, selector, built)
         if built.attends:
+            check_attends(site)
             self._observe(site, built.attends)
         layer = self.layers[site.layer]
-        norm: nn.Module | None = getattr(layer, _name(layer, NORM_NAMES)) if built.normed else None
+        normed = built.normed and site.part == "layer"  # what a part is given is normed already
+        norm = norm_of(layer) if normed else None
         self.gates.append(Gate(site, built, weighting, selector, capacity, self.tape, norm=norm))
         return self.gates[-1]
 
@@ -200,33 +205,14 @@ class Decoder:
                 f" queries, {known[0]!r} and {queries!r}: let both watch the same, or remove one with enabled: false."
             )
 
-    def router(self, spec: RouterSpec, site: Site, sharing: Sharing, experts: int = 1) -> Router:
-        """A new router for this site, or the one that all sites of this plugin share; on the model's root."""
-        if not hasattr(self.model, "routers"):
-            self.model.add_module("routers", nn.ModuleDict())
-        routers = self.model.routers
-        assert isinstance(routers, nn.ModuleDict)
-        if site.by not in routers:
-            routers[site.by] = nn.ModuleDict()
-        own = str(site.layer) if site.part == "layer" else f"{site.layer}_{site.part}"
-        mine, key = routers[site.by], sharing if sharing == "shared" else own
-        assert isinstance(mine, nn.ModuleDict)
-        if key not in mine:
-            # Random numbers are drawn on the CPU: a seed gives the same router on every device.
-            device = self.model.device
-            with torch.device("meta" if device.type == "meta" else "cpu"):
-                mine[key] = spec.build(self.dim, experts)
-            if device.type not in ("cpu", "meta"):
-                mine[key].to(device)
-            self._built[site.by, key] = (spec, experts)
-        elif self._built[site.by, key] != (spec, experts):
-            raise ValueError(
-                f"Plugin {site.by!r} asks for one router {key!r} in two forms: {self._built[site.by, key]} and"
-                f" {(spec, experts)}. Give the second place a router of its own, or both the same form."
-            )
-        router = mine[key]
-        assert isinstance(router, Router)
-        return router
+    def router(
+        self, spec: RouterSpec, site: Site, sharing: Sharing, experts: int = 1, role: str | None = None
+    ) -> Router:
+        """A new router for this site, or the one that all sites of this plugin share; on the model's root.
+
+        ``role`` tells a second router of the site, or of all, from the one that decides.
+        """
+        return self._routers(spec, site, sharing, experts, role)
 
     def wrap_layer(self, site: Site, wrap: Wrap) -> None:
         """Claims a whole layer; ``wrap`` gets it and returns what stands there from then on."""
@@ -242,13 +228,11 @@ class Decoder:
 
     def mlp(self, layer: nn.Module) -> nn.Module:
         """The feed-forward network of a decoder layer."""
-        found: nn.Module = getattr(layer, _name(layer, MLP_NAMES))
-        return found
+        return mlp_of(layer)[1]
 
     def attention(self, layer: nn.Module) -> nn.Module:
         """The attention of a decoder layer."""
-        found: nn.Module = getattr(layer, _name(layer, ATTENTION_NAMES))
-        return found
+        return attention_of(layer)[1]
 
     def _claim(self, site: Site, part: Part, wrap: Wrap) -> None:
         other = self._claims.get((site.layer, part))
@@ -269,8 +253,8 @@ class Decoder:
                 if part == "layer":
                     self.layers[index] = wrap(layer, site)
                 else:
-                    name = _name(layer, MLP_NAMES if part == "mlp" else ATTENTION_NAMES)
-                    setattr(layer, name, wrap(getattr(layer, name), site))
+                    name, found = mlp_of(layer) if part == "mlp" else attention_of(layer)
+                    setattr(layer, name, wrap(found, site))
         for norm in (gate.norm for gate in self.gates if gate.norm is not None):
             once(norm)
         for index, (queries, _) in self._observed.items():
@@ -278,10 +262,3 @@ class Decoder:
             attention = self.attention(layer)
             cut = isinstance(layer, RoutedLayer) and not isinstance(layer, AttendedLayer)
             observe(attention, Observer(self.tape, index, queries, self.attention_in_force, cut))
-
-
-def _name(layer: nn.Module, names: tuple[str, ...]) -> str:
-    for name in names:
-        if isinstance(getattr(layer, name, None), nn.Module):
-            return name
-    raise ValueError(f"{type(layer).__name__} has none of {', '.join(names)}: its parts cannot be routed by name.")

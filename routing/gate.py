@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from routing.capacity import CapacitySchedule
+from routing.choose import ExpertSelector
 from routing.decision import Decision
 from routing.router import Router, RouterInputs
 from routing.select import Selector
@@ -22,14 +23,14 @@ class Gate:
     """A router, a weighting, a selector and a capacity at one site; the only writer of the tape.
 
     No ``nn.Module``: the router is a reference, registered once on the model's root, so that layers can share it.
-    ``norm`` is the layer's own input norm, for a router that reads it.
+    ``norm`` is the layer's own input norm, for a router that reads it; ``capacity`` None follows no schedule.
     """
 
     site: Site
     router: Router
     weighting: Weighting
     selector: Selector
-    capacity: CapacitySchedule
+    capacity: CapacitySchedule | None
     tape: RoutingTape
     norm: nn.Module | None = field(default=None, kw_only=True)
 
@@ -37,15 +38,30 @@ class Gate:
         """Decides for the hidden states that enter the site, (batch, tokens, width)."""
         tokens, tape = self.known(), self.tape
         attention_BT = tape.attention.get(self.site.layer - 1) if self.router.attends else None
+        return self.decide(RouterInputs(x_BTD, tokens, tuple(tape.earlier), self.site, attention_BT))
+
+    def decide(self, inputs: RouterInputs, again: Decision | None = None) -> Decision:
+        """Decides about the tokens of ``inputs``.
+
+        Args:
+            inputs: What the router may look at.
+            again: What was decided when this very forward ran first: it is weighed anew, for its gradient, and not
+                recorded again.
+        """
+        tokens, tape, x_BTD = inputs.tokens, self.tape, inputs.x_BTD
         rule = self.selector.rule(tokens.phase)
         foresees = self.router.forecasts and (tokens.phase == "train" or rule.reads == "forecast")
-        scores_BTE, forecast_BTE = self._asked(
-            x_BTD, RouterInputs(x_BTD, tokens, tuple(tape.earlier), self.site, attention_BT), foresees
-        )
-        # One rounding, to the dtype the weight multiplies in: what is ranked by weight is ranked as it is used.
-        weights_BTE = self.weighting(scores_BTE).to(x_BTD.dtype)
+        scores_BTE, forecast_BTE = self._asked(x_BTD, inputs, foresees)
+        weights_BTE = self.weighting(scores_BTE)
+        if not isinstance(rule, ExpertSelector):
+            # One rounding, to the dtype the weight multiplies in: what is ranked by weight is ranked as it is used.
+            weights_BTE = weights_BTE.to(x_BTD.dtype)
+        if again is not None:
+            assert isinstance(rule, ExpertSelector)
+            weighed: Decision = rule.weighed(again, weights_BTE)
+            return weighed
         share = self.share(tokens.progress)
-        given_BTE = scores_BTE
+        given_BTE = self.router.ranks(self.site, scores_BTE, weights_BTE)
         if rule.reads == "forecast":
             assert forecast_BTE is not None
             given_BTE = forecast_BTE
@@ -55,7 +71,7 @@ class Gate:
             decision = tape.intervention(
                 given_BTE, weights_BTE, self.site, self.weighting, self.selector, tokens, share
             )
-        asked = None if self.kept(tokens) is None else share
+        asked = None if self.capacity is None or self.kept(tokens) is None else share
         candidate_BT = rule.candidate_BT(tokens)
         tape.write(
             RoutingRecord(
@@ -92,7 +108,7 @@ class Gate:
 
     def share(self, progress: float = 1.0) -> float:
         """Share of the candidate tokens that the schedule gives this site, in [0, 1]."""
-        return self.capacity(self.site.depth, progress)
+        return 1.0 if self.capacity is None else self.capacity(self.site.depth, progress)
 
     def idle(self, tokens: Tokens) -> bool:
         """Whether every token of this forward enters without being asked; known on the host."""

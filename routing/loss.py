@@ -9,12 +9,15 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from routing.loads import Which, load_E
 from routing.tape import RoutingRecord
 
 OverLayers = Literal["mean", "sum"]
+Over = Literal["batch", "rank"]
 
 
 class AuxLoss(ABC):
@@ -28,19 +31,51 @@ class AuxLoss(ABC):
         """Unweighted scalar of one site, float32; padding never counts."""
 
 
+class BatchLoss(AuxLoss):
+    """A loss of means over all tokens of a batch, parts of which may lie on other ranks or come later.
+
+    ``over``: whose tokens the means are of: those of all ranks and of the batches accumulated so far, or one rank's.
+    """
+
+    over: Over = "batch"
+
+    @abstractmethod
+    def sums(self, record: RoutingRecord) -> Tensor:
+        """What is summed over the tokens of this part, and carries no gradient; float32, of one axis."""
+
+    @abstractmethod
+    def given(self, record: RoutingRecord, batch: Tensor, window: Tensor) -> Tensor:
+        """The loss of this part: the mean over ranks of theirs is that of the whole.
+
+        Args:
+            record: Of this part.
+            batch: ``sums``, averaged over the ranks.
+            window: The same, added up over the batches that were accumulated so far, this one included.
+        """
+
+    def __call__(self, record: RoutingRecord) -> Tensor:
+        sums = self.sums(record)
+        return self.given(record, sums, sums)
+
+
 @dataclass(frozen=True)
-class ZLoss(AuxLoss):
+class ZLoss(BatchLoss):
     """Mean squared log-partition of the scores, keeps them small (ST-MoE, arXiv 2202.08906, eq. 5).
 
     Args:
         weight: Factor in the objective.
+        over: Whose tokens the mean is over: all ranks', or each rank's own.
     """
 
     weight: float = 0.001
+    over: Over = "batch"
 
-    def __call__(self, record: RoutingRecord) -> Tensor:
+    def sums(self, record: RoutingRecord) -> Tensor:
+        return _real(record)[None]
+
+    def given(self, record: RoutingRecord, batch: Tensor, window: Tensor) -> Tensor:
         partition_BT = record.scores_BTE.logsumexp(-1)
-        return _mean_over_real(partition_BT.square(), record)
+        return (partition_BT.square() * record.tokens.valid_BT).sum() / batch[0].clamp_min(1)
 
 
 @dataclass(frozen=True)
@@ -71,29 +106,42 @@ class RouterCrossEntropy(AuxLoss):
 
 
 @dataclass(frozen=True)
-class LoadBalance(AuxLoss):
-    """E * sum_e f_e * P_e, equal to 1 when balanced (Switch Transformer, arXiv 2101.03961, eq. 4).
+class LoadBalance(BatchLoss):
+    """E * sum_e f_e * P_e: 1 when balanced, E when collapsed (Switch Transformer, arXiv 2101.03961, eq. 4).
 
-    f is the share of the assignments that each expert got, P its mean softmax probability.
+    f is the share of the choices that each expert got, full or not, P its mean softmax probability, which alone has a
+    gradient. Summed over L layers, L is the least that it can be near balance.
 
     Args:
         weight: Factor in the objective.
+        layers: Whether it multiplies the mean over layers, or their sum (MoE-LLaVA).
+        choices: Whether f counts all choices of a token, or the first alone (GShard, MoE-LLaVA).
+        over: Whose tokens f and P are of: those of all ranks, f with the batches accumulated so far (arXiv 2501.11873),
+            or each rank's own.
     """
 
     weight: float = 0.01
+    layers: OverLayers = "mean"
+    choices: Which = "all"
+    over: Over = "batch"
 
-    def __call__(self, record: RoutingRecord) -> Tensor:
-        _, T, E = record.scores_BTE.shape
-        if E == 1:
+    def sums(self, record: RoutingRecord) -> Tensor:
+        if record.scores_BTE.shape[-1] == 1:
             raise ValueError(
                 f"LoadBalance balances experts, and layer {record.site.layer} has one score per token (depth routing),"
                 f" where it is the constant 1. Remove it, or use ZLoss or RouterCrossEntropy."
             )
-        real_BT1 = record.tokens.valid_BT[..., None].float()
-        load_E = (record.decision.routed_BTE(T, E).float() * real_BT1).sum((0, 1))
-        share_E = load_E / load_E.sum().clamp_min(1)
-        probability_E = (record.scores_BTE.softmax(-1) * real_BT1).sum((0, 1)) / real_BT1.sum().clamp_min(1)
-        return E * (share_E * probability_E).sum()
+        return torch.cat([load_E(record, self.choices), _real(record)[None]])
+
+    def given(self, record: RoutingRecord, batch: Tensor, window: Tensor) -> Tensor:
+        load_E, real_BT1 = window[:-1], record.tokens.valid_BT[..., None]
+        probability_E = (record.scores_BTE.softmax(-1) * real_BT1).sum((0, 1)) / batch[-1].clamp_min(1)
+        return len(load_E) * (load_E / load_E.sum().clamp_min(1) * probability_E).sum()
+
+
+def _real(record: RoutingRecord) -> Tensor:
+    """How many tokens are no padding, a number on the device."""
+    return record.tokens.valid_BT.sum(dtype=torch.float32)
 
 
 def _mean_over_real(value_BT: Tensor, record: RoutingRecord) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from routing.cache import RoutedKV
 from routing.decision import KeptTokens
@@ -59,17 +60,21 @@ class CompactPositions:
         return tuple(each[0][before[:, None]] for each in angles)
 
 
-def checked(rotary: object, several: bool, by: str, model: str) -> nn.Module:
-    """A decoder's rotary module, where it knows one position a token; ``several``: whether the model counts more.
+def checked(model: PreTrainedModel, by: str) -> nn.Module:
+    """The rotary module of a model's decoder, where it knows one position a token.
 
     Raises:
-        ValueError: it does not; ``by`` and ``model`` name the plugin and the model.
+        ValueError: it does not; ``by`` names the plugin.
     """
+    rotary = getattr(model.get_decoder(), "rotary_emb", None)  # type: ignore[no-untyped-call]
+    config = model.config.get_text_config()
+    said = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    several = "mrope_section" in said or hasattr(model.base_model, "get_rope_index")
     asks = inspect.signature(rotary.forward).parameters if isinstance(rotary, nn.Module) else {}
     if not isinstance(rotary, nn.Module) or list(asks) != ["x", "position_ids"] or several:
         raise ValueError(
-            f"Plugin {by!r} numbers kept tokens anew (positions: compact), and {model} has no rotary embedding of one"
-            " position a token (M-RoPE counts three).\nAllowed: positions original here; compact with decoders like"
-            " LLaMA's and Qwen2's.\nGive positions: original."
+            f"Plugin {by!r} numbers kept tokens anew (positions: compact), and {type(model).__name__} has no rotary"
+            " embedding of one position a token (M-RoPE counts three).\nAllowed: positions original here; compact with"
+            " decoders like LLaMA's and Qwen2's.\nGive positions: original."
         )
     return rotary

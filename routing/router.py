@@ -64,6 +64,10 @@ class Router(nn.Module, ABC):
     def forward(self, inputs: RouterInputs) -> Tensor:
         """Scores, float32 (B, T, E), whatever autocast says."""
 
+    def ranks(self, site: Site, scores_BTE: Tensor, weights_BTE: Tensor) -> Tensor:
+        """What a rule ranks by, (B, T, E): the scores, unless the router corrects them without changing the weights."""
+        return scores_BTE
+
     def forecast(self, inputs: RouterInputs, scores_BTE: Tensor) -> Tensor | None:
         """Logits (B, T, 1), positive where a token that is seen alone would be taken from among all of them."""
         return None

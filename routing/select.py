@@ -1,6 +1,6 @@
 """Selectors turn scores into a decision; they have no parameters.
 
-Shape suffixes: B batch, T tokens, E experts, K tokens kept or experts of a token.
+Shape suffixes: B batch, T tokens, E experts, K tokens kept.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from routing.capacity import kept_count
-from routing.decision import Decision, KeptTokens, TokenChoices
+from routing.decision import Decision, KeptTokens
 from routing.tokens import Phase, TokenKind, Tokens
 
 
@@ -242,35 +242,6 @@ class AllOrNothing(DepthSelector):
 
     def most(self, candidates: int, capacity: float) -> int:
         return candidates if capacity == 1 else 0
-
-
-@dataclass(frozen=True)
-class TokenChoice(Selector):
-    """Each token takes its ``k`` best-weighted experts (Shazeer et al. 2017); equal weights fall to the lower expert.
-
-    Args:
-        k: Experts of a token, at least 1.
-    """
-
-    k: int = 2
-    causal = True
-
-    def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"TokenChoice(k={self.k}): a token needs at least 1 expert.")
-
-    def __call__(self, scores_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens, capacity: float) -> TokenChoices:
-        if self.k > scores_BTE.shape[-1]:
-            raise ValueError(f"TokenChoice(k={self.k}): there are only {scores_BTE.shape[-1]} experts to choose from.")
-        expert_BTK = scores_BTE.argsort(dim=-1, descending=True, stable=True)[..., : self.k]
-        valid_BTK = tokens.valid_BT[..., None].expand_as(expert_BTK)
-        return TokenChoices(expert_BTK, weights_BTE.gather(-1, expert_BTK), valid_BTK)
-
-    def kept(self, tokens: Tokens, capacity: float) -> tuple[int, ...]:
-        return tokens.count(kind for kind in TokenKind if kind is not TokenKind.PAD)
-
-    def candidates(self, tokens: Tokens) -> bool:
-        return True
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from routing.router import Router
 from routing.select import Selector
+from routing.tape import Site
 from routing.tokens import Phase, TokenKind
 
 
@@ -33,3 +34,13 @@ def check_forecast(by: str, selector: Selector, router: Router) -> None:
                 f"Plugin {by!r}: {type(rule).__name__} reads a forecast, and the router makes none.\nAllowed: a router"
                 " with a forecast, such as Predicted or Calibrated.\nGive one under `router`, or another rule."
             )
+
+
+def check_attends(site: Site) -> None:
+    """Raises ValueError for a router that reads attention inside a layer, where a part of it decides."""
+    if site.part != "layer":
+        raise ValueError(
+            f"Plugin {site.by!r}: a router that reads the attention of the layer before decides about whole layers, and"
+            f" the {site.part} of layer {site.layer} is routed.\nAllowed: routers that read hidden states, such as"
+            " LinearRouter.\nGive one of these."
+        )

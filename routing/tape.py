@@ -107,6 +107,7 @@ class RoutingTape:
         announced: Facts that the caller knows about the next forwards, or None.
         prompt: Tokens of the prompt that is being answered, read or not, padding included; None if nobody knows.
         tokens: Facts of the forward that runs now, or None between forwards.
+        seen: Tokens before it, in a cache.
         dense: Whether no routed layer has anything to decide or to mask in the forward that runs now.
         earlier: Records of the forward that runs now, first layer first.
         attention: What tokens received of the attention of observed layers in the forward that runs now, (B, T) each.
@@ -118,6 +119,7 @@ class RoutingTape:
         self.announced: Tokens | None = None
         self.prompt: int | None = None
         self.tokens: Tokens | None = None
+        self.seen = 0
         self.dense = False
         self.earlier: list[RoutingRecord] = []
         self.attention: dict[int, Tensor] = {}
@@ -172,8 +174,9 @@ class RoutingTape:
         """Whether anybody collects records of all rows of a batch together."""
         return self._whole > 0
 
-    def begin(self, tokens: Tokens, *, dense: bool = False) -> None:
+    def begin(self, tokens: Tokens, *, dense: bool = False, seen: int = 0) -> None:
         """A forward starts."""
+        self.seen = seen
         self.tokens, self.dense, self.earlier, self.attention = tokens, dense, [], {}
 
     def end(self) -> None:

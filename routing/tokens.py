@@ -40,8 +40,8 @@ class Tokens:
         tile_BT: Which tile of that image, from 0; -1 elsewhere. int16 (B, T).
         row_BT: Row of the patch in its tile, from 0 at the top; -1 where unknown. int16 (B, T).
         column_BT: Column of the patch in its tile, from 0 at the left; -1 where unknown. int16 (B, T).
-        counts_B: For each row, how many tokens it has of each kind (indexed by ``TokenKind``): plain integers,
-            so that no layer has to ask the device how many tokens it keeps.
+        counts_B: For each row, how many tokens it has of each kind (indexed by ``TokenKind``), or at most has inside a
+            layer that not all enter: plain integers, so that no layer has to ask the device how many tokens it keeps.
         phase: ``train``, ``prefill`` (the cache is empty, or there is none) or ``decode``.
         progress: How much of the training is over, in [0, 1]; 1.0 at inference.
         evidence_BT: 1 on the vision tokens that one has to look at to answer, 0 on every other token; -1 on the vision
@@ -178,6 +178,19 @@ class Tokens:
         evidence = None if self.evidence_BT is None else self.evidence_BT[:, start:stop]
         places = {"image_BT": image, "tile_BT": tile, "row_BT": row, "column_BT": column}
         return Tokens.of(kind, **places, phase=self.phase, evidence_BT=evidence, id_B=self.id_B)
+
+    def at(self, index_BK: Tensor, valid_BK: Tensor) -> Tokens:
+        """The tokens that entered a layer, padding where a slot is empty; asks the device nothing.
+
+        How many of each kind did is known to the device alone, so that ``counts_B`` says how many could have.
+        """
+        empty_BK, most = ~valid_BK, index_BK.shape[1]
+        kind, *places = (fact.gather(1, index_BK) for fact in self._tensors())
+        image, tile, row, column = (place.masked_fill(empty_BK, NOWHERE) for place in places)
+        evidence = None if self.evidence_BT is None else self.evidence_BT.gather(1, index_BK).masked_fill(empty_BK, 0)
+        kind = kind.masked_fill(empty_BK, TokenKind.PAD)
+        counts = tuple((most, *(min(n, most) for n in row_counts[1:])) for row_counts in self.counts_B)
+        return Tokens(kind, image, tile, row, column, counts, self.phase, self.progress, evidence, self.id_B)
 
     def during(self, phase: Phase, progress: float) -> Tokens:
         """The same tokens, at this point of training or inference."""

@@ -13,7 +13,7 @@ from benchmarks.shares import scale, shift
 from benchmarks.subject import Entered, Held, Prompt, Subject, Timing, dense_model
 from routing import Tokens
 from routing.cost import Convention, count
-from routing.decoder import decoder_layers
+from routing.names import decoder_layers
 
 TINY = "configs/models/llava_tiny.json"
 SETTINGS = Setting(1, 24, 8), Setting(3, 24, 8)

@@ -1,0 +1,73 @@
+"""What a decision inside a decoder layer must know of it: which tokens entered, and what was decided already."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from routing.decision import Decision
+from routing.layer import mixed
+from routing.tape import RoutingRecord, RoutingTape
+from routing.tokens import Tokens
+
+
+@dataclass(eq=False)
+class Inside:
+    """One forward of a layer, which activation checkpointing may run again.
+
+    Args:
+        tokens: Facts about the tokens that entered; None where nobody announced any.
+        earlier: What was decided before it.
+        seen: Tokens that the model had read before, in a cache.
+        decided: What each part decided when the layer ran first.
+    """
+
+    tokens: Tokens | None
+    earlier: tuple[RoutingRecord, ...]
+    seen: int
+    decided: dict[str, Decision] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Running:
+    """The forward of a layer that runs now, for the parts that decide inside it."""
+
+    inside: Inside | None = None
+
+
+class DecidesInside(nn.Module):
+    """Mixin over a decoder layer's class, a part of which is routed in width.
+
+    ``__call__`` notes the facts, which are gone when activation checkpointing replays ``forward``; a replay finds the
+    first run's decisions, so that it cannot flip one, nor write a second record.
+    """
+
+    running: Running
+    tape: RoutingTape
+
+    def __call__(self, hidden_states: Tensor, *cut: Tensor | None, **kwargs: object) -> Tensor:
+        tokens = self.tape.tokens
+        if cut and tokens is not None:  # the layer is routed in depth too, by (index_BK, valid_BK, weight_BT)
+            index_BK, valid_BK, _ = cut
+            tokens = tokens if index_BK is None or valid_BK is None else tokens.at(index_BK, valid_BK)
+        inside = Inside(tokens, tuple(self.tape.earlier), self.tape.seen)
+        output: Tensor = super().__call__(hidden_states, *cut, inside=inside, **kwargs)
+        return output
+
+    def forward(self, hidden_states: Tensor, *, inside: Inside, **kwargs: object) -> Tensor:
+        before, self.running.inside = self.running.inside, inside
+        try:
+            output: Tensor = super().forward(hidden_states, **kwargs)
+        finally:
+            self.running.inside = before
+        return output
+
+
+def deciding_inside(layer: nn.Module, tape: RoutingTape) -> Running:
+    """Has a live decoder layer tell its parts about the forward that runs, by swapping its class."""
+    if not isinstance(layer, DecidesInside):
+        layer.__class__ = mixed(DecidesInside, type(layer))
+        layer.running, layer.tape = Running(), tape  # type: ignore[assignment]
+    assert isinstance(layer, DecidesInside)
+    return layer.running

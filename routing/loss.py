@@ -24,7 +24,7 @@ class AuxLoss(ABC):
     """``weight`` times the mean over a plugin's records, or their sum where ``layers`` says so, joins the objective."""
 
     weight: float
-    layers: OverLayers = "mean"
+    layers: str = "mean"  # OverLayers; the parser reads a base class with the names of the subclass's file
 
     @abstractmethod
     def __call__(self, record: RoutingRecord) -> Tensor:
@@ -37,7 +37,7 @@ class BatchLoss(AuxLoss):
     ``over``: whose tokens the means are of: those of all ranks and of the batches accumulated so far, or one rank's.
     """
 
-    over: Over = "batch"
+    over: str = "batch"  # Over
 
     @abstractmethod
     def sums(self, record: RoutingRecord) -> Tensor:

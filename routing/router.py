@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from routing.tape import RoutingRecord, Site
 
 
+Attends = Literal["last", "all"] | None
+
+
 @dataclass(frozen=True)
 class RouterInputs:
     """Everything a router may look at.
@@ -46,7 +49,7 @@ class Router(nn.Module, ABC):
     ``normed`` that it reads its layer's input norm; ``forecasts`` that it has a ``forecast``.
     """
 
-    attends: Literal["last", "all"] | None = None
+    attends: Attends = None
     normed: bool = False
     forecasts: bool = False
 
@@ -168,10 +171,10 @@ class MLPRouter(RouterSpec):
 class FixedScores(RouterSpec):
     """Scores that nothing is learned for; subclasses are frozen dataclasses that say what a token scores.
 
-    ``attends`` is their router's: whose attention in the layer before they need.
+    ``attends`` is their router's: whose attention in the layer before they need, of ``last`` or ``all``.
     """
 
-    attends: Literal["last", "all"] | None = None
+    attends: str | None = None  # no Literal: the parser reads a base class with the names of the subclass's file
 
     @abstractmethod
     def scores_BT(self, inputs: RouterInputs) -> Tensor:
@@ -186,7 +189,8 @@ class FixedRouter(Router):
 
     def __init__(self, scores: FixedScores, experts: int) -> None:
         super().__init__()
-        self.scores, self.experts, self.attends = scores, experts, scores.attends
+        self.scores, self.experts = scores, experts
+        self.attends = cast(Attends, scores.attends)
 
     def forward(self, inputs: RouterInputs) -> Tensor:
         return self.scores.scores_BT(inputs)[..., None].expand(-1, -1, self.experts)

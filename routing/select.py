@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ class Selector(ABC):
 
     causal: bool
     batch_independent: bool = True
-    reads: Literal["scores", "forecast"] = "scores"
+    reads: str = "scores"  # or "forecast"; a subclass in another file may not know Literal, and the parser asks it
     counts: bool = True
 
     def rule(self, phase: Phase) -> Selector:

@@ -219,7 +219,8 @@ class Subject:
     def _flops(self, entered: Entered) -> int:
         """Of a prompt, without those of the routers themselves."""
         shape, convention = DecoderShape.of(self.model), Convention()
-        layers = sum(shape.layer_flops(n, convention) for n in entered.tokens_LB.flatten().tolist())
+        numbers = entered.tokens_LB.flatten().tolist()
+        layers = sum(shape.layer_flops(n, convention, n * shape.feed_forward) for n in numbers)
         return layers + 2 * shape.width * shape.vocabulary * entered.tokens_LB.shape[1]
 
 

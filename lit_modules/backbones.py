@@ -15,8 +15,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_modules.parents import Parent
 from routing import RoutingPlugin
+from routing.added import ROUTERS, added, grown, like_added, tail
 from routing.exported import Exported, dense, some
-from routing.saving import KEY, ROUTERS
+from routing.saving import KEY
 from routing.specs import to_spec
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ class Backbone(ABC):
         """The plugins that its weights were trained with, where these are on record."""
         return {}
 
-    def routers(self, plugins: Mapping[str, RoutingPlugin]) -> Parent:
-        """The weights that it has for routers, beside those of the dense model; for these plugins or for others."""
+    def added(self, plugins: Mapping[str, RoutingPlugin], model: PreTrainedModel) -> Parent:
+        """The weights that it has beside the dense model's, for these plugins, which route the model, or for others."""
         return Parent()
 
 
@@ -64,9 +65,11 @@ class Pretrained(Backbone):
             model, report = dense(self._exported, self.dtype, self.attention)
         except ValueError as error:
             raise ValueError(f"backbone: {error}") from error
-        unexpected = {name for name in report["unexpected_keys"] if not name.startswith(ROUTERS)}  # see `routers`
+        unexpected, experts = set(report["unexpected_keys"]), grown(self._exported.names())  # see `added`
+        unexpected -= like_added(unexpected)
+        missing = {name for name in report["missing_keys"] if not tail(name).startswith(tuple(experts))}
         for what, names, meaning in (
-            ("missing_keys", report["missing_keys"], "keep random values"),
+            ("missing_keys", missing, "keep random values"),
             ("unexpected_keys", unexpected, "are ignored"),
         ):
             if names:
@@ -76,8 +79,11 @@ class Pretrained(Backbone):
     def plugins(self) -> dict[str, RoutingPlugin]:
         return self._exported.plugins()
 
-    def routers(self, plugins: Mapping[str, RoutingPlugin]) -> Parent:
-        names = sorted(name for name in self._exported.names() if name.startswith(ROUTERS))
+    def added(self, plugins: Mapping[str, RoutingPlugin], model: PreTrainedModel) -> Parent:
+        written, own = like_added(self._exported.names()), added(model)
+        if self._exported.block is None:  # experts there are the dense model's own
+            written = {name for name in written if name.startswith(ROUTERS)}
+        names = own | {name for name in written if tail(name) not in {tail(each) for each in own}}
         enabled = {name: plugin for name, plugin in plugins.items() if plugin.enabled}
         complete = False
         with suppress(ValueError):  # plugins that cannot be had here are not these

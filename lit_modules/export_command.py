@@ -20,8 +20,9 @@ from lit_modules.parents import Parent, located
 from lit_modules.parts import part_of_each
 from lit_modules.routed_vlm import RoutedVLM
 from lit_modules.start import NOTHING
+from routing.added import ROUTERS, added
 from routing.exported import Exported, check_names
-from routing.saving import ROUTERS, block
+from routing.saving import block
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
@@ -155,8 +156,9 @@ def write(place: Path, model: PreTrainedModel, processor: ProcessorMixin) -> Non
             f"The plugins are not the same when they are read back: {block(written.plugins())}.\nAllowed: plugins whose"
             " arguments are kept as they were given.\nMend the plugin."
         )
-    names = {name for name in model.state_dict() if name.startswith(ROUTERS)}
-    check_names(str(place), names, {name for name in written.names() if name.startswith(ROUTERS)})
+    own = added(model)
+    others = {name for name in written.names() if name.startswith(ROUTERS)}
+    check_names(str(place), own, written.held(own).keys() | others)
 
 
 def told(path: Path, module: RoutedVLM) -> str:

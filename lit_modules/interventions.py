@@ -12,7 +12,7 @@ from torch import nn
 
 from lit_modules.exact_match import ExactMatch
 from lit_modules.other_image import next_other
-from routing import Intervention, RoutingPlugin, RoutingTape, TokenKind, Tokens
+from routing import Intervention, RoutedLayer, RoutingTape, TokenKind, Tokens
 from routing.intervene import Dense, Oracle, Random, Shuffled, Swapped
 
 InterventionName = Literal["dense", "random", "shuffled", "swapped", "oracle"]
@@ -57,13 +57,14 @@ class Replaced:
 NONE = Replaced(0, nan, nan)
 
 
-def check(names: Sequence[str], plugins: Mapping[str, RoutingPlugin]) -> None:
+def check(names: Sequence[str], model: nn.Module) -> None:
     """Raises ValueError if there are interventions and nothing to intervene in."""
-    if names and not any(plugin.enabled for plugin in plugins.values()):
+    if names and not any(isinstance(layer, RoutedLayer) for layer in model.modules()):
+        routed = "routes its experts alone" if hasattr(model, "routing") else "is not routed"
         raise ValueError(
-            f"generation.interventions={list(names)} replaces what routers decide, and no plugin routes this model.\n"
-            "Allowed: a model with a plugin that ranks tokens.\nGive one under model.init_args.plugins, or leave the"
-            " interventions out."
+            f"generation.interventions={list(names)} replaces what lets tokens into layers, and this model {routed}.\n"
+            "Allowed: a model with a plugin that tokens pass layers by under; experts choose as ever.\nGive one under"
+            " model.init_args.plugins, or leave the interventions out."
         )
 
 

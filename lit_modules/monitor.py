@@ -5,27 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from math import isnan
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import numpy as np
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from PIL import Image
 from torch import Tensor
 
 from lit_modules.collapse import CollapseWatch
+from lit_modules.expert_collapse import ExpertWatch
+from lit_modules.expert_map import ExpertMap
+from lit_modules.expert_tally import ExpertCounts, ExpertTally, expert_loads, width_scalars
 from lit_modules.kept_patches import KeptPatches
+from lit_modules.logged_pictures import write_histogram, write_image
 from lit_modules.phases import PhaseCounts, PhaseTally
 from lit_modules.processes import gathered
 from lit_modules.retention_map import History, label
-from lit_modules.tally import Counts, Histogram, Reduce, Tally
-from routing import RoutingRecord
+from lit_modules.score_histograms import Scores
+from lit_modules.tally import Counts, Reduce, Tally, bits
+from routing import RoutingRecord, Site
 
 if TYPE_CHECKING:
     from lit_modules.routed_vlm import RoutedVLM
 
 Detail = Literal["nothing", "brief", "detailed"]
+T = TypeVar("T")
 
 
 class RoutingMonitor(Callback):
@@ -37,19 +40,29 @@ class RoutingMonitor(Callback):
     ``depth/retention``, ``…/<kind>``        brief    share of the candidate tokens that enter, over all layers
     ``depth/target``                         brief    share that the capacities ask for
     ``depth/agreement``                      brief    share of them on which the rule in force agrees with decoding's
-    ``router/entropy``                       brief    bits per candidate, of softmax over experts or of sigmoid(score)
-    ``router/scores``                        brief    histogram of the candidates' scores
     ``depth/map``                            brief    layer by step: asked for beside kept
     ``depth/kept/<id>``                      brief    the patches that each layer kept of the first validation images
     ``depth/retention/<phase>``              brief    the same share in prefill and decode, while answers are generated
     ``depth/kv_share``                       brief    keys and values that the prefill stores, of the dense model's
-    ``…/layer_<n>``                          detailed retention, target, agreement, entropy, scores, ``kv_share``
+    ``width/load_max``                       brief    largest load of an expert over the mean; 1: balanced
+    ``width/information``                    brief    bits that a token's kind tells of its expert; 0: nothing
+    ``width/dropped``                        brief    share of the choices that full experts turn away
+    ``width/untaken``                        brief    share of the tokens that no expert takes
+    ``width/null``                           brief    share of the choices that go to null experts
+    ``width/map``                            brief    layer by expert, of the last logged step: shares of the choices
+    ``router/entropy``                       brief    bits per candidate, of softmax over experts or of sigmoid(score)
+    ``router/scores``                        brief    histogram of the candidates' scores
+    ``…/layer_<n>``, ``…/layer_<n>_<part>``  detailed retention, target, agreement, entropy, scores, ``kv_share``; all
+                                                      numbers of width, experts being of the part ``mlp``
+    ``width/load/layer_<n>_mlp/expert_<e>``  detailed share of the layer's choices that the expert gets
     ======================================== ======== ==============================================================
 
-    Pictures also go to the run's folder as PNG files. Steps in between cost nothing. The phases and ``kv_share`` are of
-    one validation or test, over its plain answers, not those under interventions or to blank images. A warning tells,
-    once of each layer, where a rule without a capacity lets in nearly every token or nearly none after a tenth of the
-    training.
+    Pictures also go to the run's folder as PNG files. Steps in between cost nothing. What does not apply is not drawn.
+    The phases and ``kv_share`` are of one validation or test, over its plain answers, not those under interventions or
+    to blank images. Experts' loads are what tokens chose, before full experts turned any away; ``load_max`` and
+    ``information`` are means over layers. A warning tells, once of each layer, where a rule without a capacity lets in
+    nearly every token or nearly none after a tenth of the training; and, from the first step on, where nearly all
+    choices go to as few experts as one token takes, or none to some expert.
 
     Args:
         detail: ``nothing``, ``brief`` or ``detailed``.
@@ -60,8 +73,9 @@ class RoutingMonitor(Callback):
         if detail not in ("nothing", "brief", "detailed"):
             raise ValueError(f"RoutingMonitor(detail={detail!r}): give 'nothing', 'brief' or 'detailed'.")
         self.detail, self.patches = detail, patches
-        self.history = History()
-        self._tally, self._open, self._watch = Tally(), ExitStack(), CollapseWatch()
+        self.history, self.experts = History(), ExpertMap()
+        self._tally, self._experts, self._scores = Tally(), ExpertTally(), Scores()
+        self._watch, self._watch_experts, self._open = CollapseWatch(), ExpertWatch(), ExitStack()
         self._phases = PhaseTally()
         self._records: list[RoutingRecord] = []
         self._step = 0
@@ -79,31 +93,35 @@ class RoutingMonitor(Callback):
         self, trainer: Trainer, pl_module: RoutedVLM, outputs: object, batch: object, batch_idx: int
     ) -> None:
         self._open.close()
-        self._tally.add(self._records)
+        for collected in (self._tally, self._experts, self._scores):
+            collected.add(self._records)
         self._records = []
-        if trainer.global_step > self._step and self._tally.sites:
+        if trainer.global_step > self._step and self._scores.sites:
             self._log(trainer, pl_module)
-            self._tally = Tally()
+            self._tally, self._experts, self._scores = Tally(), ExpertTally(), Scores()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._open.close()
 
     def _log(self, trainer: Trainer, module: RoutedVLM) -> None:
         reduce = over_ranks(trainer)
-        counts = self._tally.counts(reduce)
-        everything = Counts.sum(counts.values())
-        self.history.add(self._step, counts)
-        for message in self._watch.see(counts, module.tape.progress):
+        depth = self._tally.counts(reduce)
+        nulls = {name: getattr(plugin, "nulls", 0) for name, plugin in module.plugins.items()}
+        width = self._experts.counts(reduce, nulls)
+        if depth:
+            self.history.add(self._step, depth)
+        self.experts.show(self._step, width)
+        for message in (*self._watch.see(depth, module.tape.progress), *self._watch_experts.see(width)):
             rank_zero_warn(message)
-        groups = {"": list(counts)}
-        values = scalars("", everything)
-        values |= {f"depth/retention/{k.name.lower()}": share for k, share in everything.by_kind().items()}
-        if self.detail == "detailed":
-            groups |= {f"/{label(site)}": [site] for site in counts}
-            for site, each in counts.items():
-                values |= scalars(f"/{label(site)}", each)
+        groups, values = {"": self._scores.sites}, scalars("", depth, width)
+        by_kind = Counts.sum(depth.values()).by_kind()
+        values |= {f"depth/retention/{kind.name.lower()}": share for kind, share in by_kind.items()}
+        for site in self._scores.sites if self.detail == "detailed" else ():
+            groups[f"/{label(site)}"] = [site]
+            values |= scalars(f"/{label(site)}", only(site, depth), only(site, width))
+            values |= expert_loads(label(site), width[site]) if site in width else {}
         module.log_dict({tag: value for tag, value in values.items() if not isnan(value)})
-        for tag, scores in zip(groups, self._tally.histograms(groups.values(), reduce), strict=True):
+        for tag, scores in zip(groups, self._scores.histograms(groups.values(), reduce), strict=True):
             if scores is not None:
                 write_histogram(trainer, f"router/scores{tag}", scores, self._step)
 
@@ -157,15 +175,17 @@ class RoutingMonitor(Callback):
             write_image(trainer, folder, f"depth/kept/{name}", f"kept_patches/{name}.png", drawn)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._draw_map(trainer)
+        self._draw_maps(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._draw_map(trainer)
+        self._draw_maps(trainer)
 
-    def _draw_map(self, trainer: Trainer) -> None:
+    def _draw_maps(self, trainer: Trainer) -> None:
         folder = trainer.log_dir  # a collective: all ranks ask
         if trainer.is_global_zero and self.history.new:
             write_image(trainer, folder, "depth/map", "retention_map.png", self.history.drawn())
+        if trainer.is_global_zero and self.experts.new:
+            write_image(trainer, folder, "width/map", "expert_map.png", self.experts.drawn())
 
     # Checkpoints
 
@@ -176,14 +196,21 @@ class RoutingMonitor(Callback):
         self.history = History.of(state_dict)
 
 
-def scalars(suffix: str, counts: Counts) -> dict[str, float]:
-    """What is drawn of some sites, by tag."""
+def scalars(suffix: str, depth: Mapping[Site, Counts], width: Mapping[Site, ExpertCounts]) -> dict[str, float]:
+    """What is drawn of some sites, by tag; NaN of what they do not have."""
+    counts = Counts.sum(depth.values())
     return {
         f"depth/retention{suffix}": counts.retention,
         f"depth/target{suffix}": counts.target,
         f"depth/agreement{suffix}": counts.agreement,
-        f"router/entropy{suffix}": counts.mean_entropy,
+        f"router/entropy{suffix}": bits([*depth.values(), *width.values()]),
+        **width_scalars(suffix, width.values()),
     }
+
+
+def only(site: Site, counts: Mapping[Site, T]) -> dict[Site, T]:
+    """What was counted there."""
+    return {site: counts[site]} if site in counts else {}
 
 
 def over_ranks(trainer: Trainer) -> Reduce:
@@ -197,31 +224,3 @@ def over_ranks(trainer: Trainer) -> Reduce:
         return reduced.cpu()
 
     return reduce
-
-
-def write_image(trainer: Trainer, run: str | None, tag: str, file: str, drawn: np.ndarray) -> None:
-    """Into the run's folder, and to every logger that takes images as TensorBoard's does."""
-    if run is not None:
-        path = Path(run) / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(drawn).save(path)
-    for logger in trainer.loggers:
-        if hasattr(logger.experiment, "add_image"):
-            logger.experiment.add_image(tag, drawn, trainer.global_step, dataformats="HWC")
-
-
-def write_histogram(trainer: Trainer, tag: str, scores: Histogram, step: int) -> None:
-    """To every logger that takes histograms as TensorBoard's does."""
-    for logger in trainer.loggers if trainer.is_global_zero else ():
-        if hasattr(logger.experiment, "add_histogram_raw"):
-            logger.experiment.add_histogram_raw(
-                tag,
-                min=scores.edges[0],
-                max=scores.edges[-1],
-                num=int(scores.counts.sum()),
-                sum=scores.total,
-                sum_squares=scores.squares,
-                bucket_limits=scores.edges[1:].tolist(),
-                bucket_counts=scores.counts.tolist(),
-                global_step=step,
-            )

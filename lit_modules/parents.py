@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lit_modules import architecture
 from lit_modules.checkpoint_files import WholeCheckpoints, first_line, found
+from routing.added import grown, like_added, tail
 from routing.exported import Exported, quiet
-from routing.saving import ROUTERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,8 +51,12 @@ def read(path: str, model: PreTrainedModel, backbone: Mapping[str, object]) -> P
         place = located(path)
         is_exported = (Path(place) / "config.json").is_file()
         parent = _exported(place, model) if is_exported else _checkpoint(place, backbone)
-    dense = {name: tensor for name, tensor in parent.tensors.items() if not name.startswith(ROUTERS)}
-    if lines := architecture.differences(architecture.shapes(dense), architecture.shapes(model.state_dict())):
+    beside, experts = like_added(parent.tensors), tuple(grown(parent.tensors))
+    own = model.state_dict()
+    beside = {name for name in beside if name not in own}  # a dense model may have experts of its own
+    dense = {name: tensor for name, tensor in parent.tensors.items() if name not in beside}
+    asked = {name: t for name, t in own.items() if name in dense or not (experts and tail(name).startswith(experts))}
+    if lines := architecture.differences(architecture.shapes(dense), architecture.shapes(asked)):
         raise ValueError(
             f"start_from={path} holds another dense model than the backbone builds. Tensors:\n  "
             + "\n  ".join(lines)
@@ -120,7 +124,7 @@ def _exported(path: str, model: PreTrainedModel) -> Parent:
             )
         tensors = {name: tensor for name, tensor in stored.state_dict().items() if name not in keys["missing_keys"]}
         written = Exported(path)
-        tensors |= written.tensors(written.names() & keys["unexpected_keys"])
+        tensors |= written.tensors(keys["unexpected_keys"])
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"start_from={path} cannot be loaded: {first_line(error)}\nAllowed: a folder with config.json and whole"

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from routing.added import ROUTERS, added
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -40,6 +42,22 @@ def choose(model: PreTrainedModel, rates: Mapping[str, float]) -> dict[str, floa
     for key, rate in rates.items():
         chosen |= dict.fromkeys(_matching(key, parts), rate)
     return {name: rate for name, rate in chosen.items() if rate > 0}
+
+
+def check_experts_asked(model: PreTrainedModel, rates: Mapping[str, float]) -> None:
+    """Refuses parts that say nothing of the experts: they would stay copies of one network, without a word.
+
+    Raises:
+        ValueError: there are experts, and no entry of ``rates`` matches a weight of theirs, not even to freeze it.
+    """
+    parts = part_of_each(model)
+    experts = {n: parts[n] for n in sorted(added(model) & parts.keys()) if not n.startswith(ROUTERS)}
+    if experts and not any(_found(key, experts) for key in rates):
+        raise ValueError(
+            f"parts: {', '.join(rates)} match none of the {len(experts)} weights of experts ({next(iter(experts))}, …),"
+            " so that these would stay copies of the networks that they came from.\nAllowed: an entry that matches"
+            " them, such as 'experts' or 'language_model'; rate 0 freezes them knowingly.\nAdd e.g. experts: 2e-5."
+        )
 
 
 def freeze_all_but(model: nn.Module, names: Mapping[str, float]) -> None:
@@ -77,10 +95,7 @@ def check_precision(model: nn.Module, *, mixed: bool) -> None:
 
 
 def _matching(key: str, parts: Mapping[str, str]) -> list[str]:
-    if key in PARTS:
-        names = [name for name, part in parts.items() if part == key]
-    else:
-        names = [name for name in parts if _pattern(key).search(name)]
+    names = _found(key, parts)
     # Without an enabled plugin there are no routers; the same config then trains the dense model.
     if names or key == "routers":
         return names
@@ -89,6 +104,12 @@ def _matching(key: str, parts: Mapping[str, str]) -> list[str]:
         f"parts: {key!r} matches no parameter, so nothing would train under it.\nAllowed: {', '.join(PARTS)}, or a"
         f" regular expression found in a parameter's name.\nNearest: {', '.join(near)}."
     )
+
+
+def _found(key: str, parts: Mapping[str, str]) -> list[str]:
+    if key in PARTS:
+        return [name for name, part in parts.items() if part == key]
+    return [name for name in parts if _pattern(key).search(name)]
 
 
 def _pattern(key: str) -> re.Pattern[str]:

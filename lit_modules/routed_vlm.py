@@ -14,7 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lit_modules import architecture, interventions, parts, report, rng
 from lit_modules.activation_checkpointing import recompute_layers
+from lit_modules.auxiliary import Auxiliary
 from lit_modules.backbones import Backbone
+from lit_modules.balancing import Balancing
 from lit_modules.batches import model_inputs, number
 from lit_modules.evaluation import Evaluation, Generation, Score, tags
 from lit_modules.logits import logits_only_at
@@ -25,6 +27,7 @@ from lit_modules.outcome_writer import Row, rows
 from lit_modules.processes import gathered, leave_at_exit, shard
 from lit_modules.start import Start
 from routing import RoutingPlugin, RoutingTape, attach
+from routing.balance import balanced
 from routing.prefill import in_buckets
 from routing.specs import to_spec
 
@@ -77,6 +80,7 @@ class RoutedVLM(LightningModule):
         self.scores: list[Score] = []
         self.total_steps = 0.0
         self.rng_by_rank: list[Mapping[str, object]] = []
+        self.auxiliary, self.balancing = Auxiliary(), Balancing({})
         self.save_hyperparameters(self._spec())
 
     def _spec(self) -> dict[str, object]:
@@ -89,13 +93,16 @@ class RoutedVLM(LightningModule):
     def configure_model(self) -> None:
         if self.model is not None:
             return
-        model, routers = self.backbone.build(), self.backbone.routers(self.plugins)
+        model = self.backbone.build()
         self.start.fill_dense(model, to_spec(self.backbone))
         self.tape = attach(model, self.plugins)
+        self.balancing = Balancing(balanced(model))
         self.rates = parts.choose(model, self.parts)
+        parts.check_experts_asked(model, self.parts)
+        interventions.check(self.generation.interventions, model)
         self.pictured = parts.reached_by_pictures(model, self.rates)
         parts.freeze_all_but(model, self.rates)
-        self.start.fill_routed(model, routers)
+        self.start.fill_routed(model, self.backbone.added(self.plugins, model))
         if self.checkpoint_activations:
             recompute_layers(model)
         if self._trainer is not None:
@@ -115,7 +122,6 @@ class RoutedVLM(LightningModule):
         data = self._data
         kinds = getattr(data, "kinds", tuple(data.majority))
         asked_under = self.generation.interventions
-        interventions.check(asked_under, self.plugins)
         self.evaluation = Evaluation(data.majority, getattr(data, "groups", {}), kinds, asked_under)
 
     @property
@@ -149,7 +155,8 @@ class RoutedVLM(LightningModule):
         supervised = max(len(step.logits_NV), 1)
         losses = self.objective(step)
         self.log_dict({f"loss/{n}": v.detach() / step.per_token / supervised for n, v in losses.items()}, prog_bar=True)
-        auxiliary = self._auxiliary(step)
+        auxiliary = self.auxiliary(self.plugins, step.records, self.global_step, self._mean)
+        self.balancing.add(step.records, self.global_step)
         self.log_dict({f"loss/{name}": loss.detach() for name, loss in auxiliary.items()})
         # Lightning divides by the configured number of batches even where an epoch's last window is shorter.
         share = self.trainer.accumulate_grad_batches / number(batch, "batches_in_window")
@@ -180,22 +187,16 @@ class RoutedVLM(LightningModule):
         return [0 * self.model.get_parameter(name).sum() for name in self.pictured]
 
     def _per_token(self, supervised: int) -> float | Tensor:
-        trainer = self.trainer
-        scale = trainer.accumulate_grad_batches * trainer.world_size
-        if trainer.world_size == 1:
-            return scale / max(supervised, 1)
-        total = torch.tensor(float(supervised), device=self.device)
-        return scale / trainer.strategy.reduce(total, reduce_op="sum").clamp_min(1)
+        batches, ranks = self.trainer.accumulate_grad_batches, self.trainer.world_size
+        if ranks == 1:
+            return batches / max(supervised, 1)
+        return batches / self._mean(torch.tensor(float(supervised), device=self.device)).clamp_min(1 / ranks)
 
-    def _auxiliary(self, step: Step) -> dict[str, Tensor]:
-        losses: dict[str, Tensor] = {}
-        for name, plugin in self.plugins.items():
-            records = [record for record in step.records if record.site.by == name]
-            for loss in plugin.losses if plugin.enabled and records else ():
-                each = torch.stack([loss(record) for record in records])
-                total = each.sum() if loss.layers == "sum" else each.mean()
-                losses[f"{name}_{type(loss).__name__}"] = loss.weight * total
-        return losses
+    def _mean(self, sums: Tensor) -> Tensor:
+        return sums if self.trainer.world_size == 1 else self.trainer.strategy.reduce(sums, reduce_op="mean")
+
+    def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
+        self.balancing.end(self.global_step, self._mean)
 
     # Evaluation
 

@@ -12,8 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from lit_modules.parents import Parent, read
 from lit_modules.parts import part_of_each
-from routing.exported import check_fit, check_names
-from routing.saving import ROUTERS
+from routing.added import ROUTERS, added, grown
+from routing.exported import check_fit, check_names, some
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,11 +59,16 @@ class Start:
         """
         if routers.complete:
             check_routers(model, routers)
+        check_experts(model, routers)
         if model.device.type != "meta" and routers.tensors:
             fill(model, routers)
             tell = partial(rank_zero_warn, stacklevel=6) if left_out(model, routers) else rank_zero_only(print)
             self._of_backbone = partial(tell, report(model, routers, "backbone", only=ROUTERS))
         fill(model, self._parent)
+        try:
+            check_experts(model, self._parent)
+        except ValueError as error:
+            self._unsaid, self._parent = error, NOTHING
         self.origins = origins(model, self._parent, routers)
         if self._parent.tensors:
             self._unsaid = report(model, self._parent)
@@ -95,9 +100,26 @@ def check_routers(model: PreTrainedModel, routers: Parent) -> None:
     Raises:
         ValueError: one is missing, left over, or of another shape.
     """
-    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(ROUTERS)}
+    names = added(model)
+    own = {name: tensor for name, tensor in model.state_dict().items() if name in names}
     check_names(f"backbone {routers.where}", own, routers.tensors)
     check_fit(f"backbone {routers.where}", own, routers.tensors)
+
+
+def check_experts(model: PreTrainedModel, parent: Parent) -> None:
+    """Refuses weights of a model whose feed-forward networks became experts, for one that asks for the networks.
+
+    Raises:
+        ValueError: layers of the model would keep networks that were trained nowhere.
+    """
+    fitting = set(_fitting(model, parent))
+    mine = grown(name for name in model.state_dict() if name not in parent.tensors or name in fitting)
+    if lost := sorted(grown(parent.tensors) - mine):
+        raise ValueError(
+            f"{parent.where}: feed-forward networks became experts there, {some(lost)}, and the model has others or"
+            " none: its own would be what no training has seen.\nAllowed: experts of the same number and width, in the"
+            " same layers.\nUse the `plugins` of that run's config.yaml, or start from dense weights."
+        )
 
 
 def fill(model: PreTrainedModel, parent: Parent) -> None:

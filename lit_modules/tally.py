@@ -8,16 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import log
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from routing import KeptTokens, RoutingRecord, Site, TokenKind
+from routing import KeptTokens, RoutingRecord, Site, TokenKind, Tokens
 
 KINDS = [kind for kind in TokenKind if kind is not TokenKind.PAD]
-BINS = 64
 Reduce = Callable[[Tensor, str], Tensor]  # over ranks: a float64 tensor on the CPU, and "sum" or "max"
 
 
@@ -57,11 +56,6 @@ class Counts:
         return self.asked / self.total if self.total else float("nan")
 
     @property
-    def mean_entropy(self) -> float:
-        """Bits per candidate: how undecided the routers are; NaN of none."""
-        return self.entropy / self.total if self.total else float("nan")
-
-    @property
     def agreement(self) -> float:
         """Share of the candidates on which the rule in force and that of decoding agree; NaN where they are one."""
         return self.agreed / self.foreseen if self.foreseen else float("nan")
@@ -83,21 +77,21 @@ class Counts:
         return cls(candidates, kept, asked, entropy, foreseen, agreed)
 
 
-@dataclass(frozen=True)
-class Histogram:
-    """Router scores of candidates, in bins of equal width.
+class Undecided(Protocol):
+    """Some tokens, and the sum over them of their router's entropy in bits."""
 
-    Args:
-        edges: Ends of the bins, one more than there are counts.
-        counts: Scores in each bin.
-        total: Sum of the scores.
-        squares: Sum of their squares.
-    """
+    @property
+    def total(self) -> int: ...
 
-    edges: np.ndarray
-    counts: np.ndarray
-    total: float
-    squares: float
+    @property
+    def entropy(self) -> float: ...
+
+
+def bits(parts: Iterable[Undecided]) -> float:
+    """Bits per token: how undecided the routers are, in depth and in width; NaN of no token."""
+    parts = list(parts)
+    total = sum(part.total for part in parts)
+    return sum(part.entropy for part in parts) / total if total else float("nan")
 
 
 class Tally:
@@ -106,7 +100,6 @@ class Tally:
     def __init__(self) -> None:
         self._counts: dict[Site, list[Tensor]] = {}
         self._capacities: dict[Site, list[float]] = {}
-        self._scores: dict[Site, list[Tensor]] = {}
 
     @property
     def sites(self) -> list[Site]:
@@ -120,7 +113,6 @@ class Tally:
                 capacity = float("nan") if record.capacity is None else record.capacity
                 self._counts.setdefault(record.site, []).append(count(record))
                 self._capacities.setdefault(record.site, []).append(capacity)
-                self._scores.setdefault(record.site, []).append(candidate_scores(record))
 
     def counts(self, reduce: Reduce) -> dict[Site, Counts]:
         """What each site decided, first layer first, on all ranks together."""
@@ -145,39 +137,12 @@ class Tally:
         counts_N, K = counts_FN.sum(0), len(KINDS)
         return torch.cat([counts_N[: 2 * K], asked[None], counts_N[2 * K :]])
 
-    def histograms(self, groups: Iterable[Iterable[Site]], reduce: Reduce) -> list[Histogram | None]:
-        """The scores of each group of sites, on all ranks together; None of none."""
-        pools = [self._pool(sites) for sites in groups]
-        ends = [[-pool.min(), pool.max()] if pool.size else [-np.inf, -np.inf] for pool in pools]
-        edges = [bins(-low, high) for low, high in reduce(torch.tensor(ends, dtype=torch.float64), "max").tolist()]
-        rows = [
-            [*np.histogram(pool, edge)[0], pool.sum(), np.square(pool).sum()]
-            for pool, edge in zip(pools, edges, strict=True)
-        ]
-        summed = reduce(torch.tensor(np.array(rows), dtype=torch.float64), "sum").numpy()
-        return [
-            Histogram(edge, row[:BINS], float(row[BINS]), float(row[BINS + 1])) if row[:BINS].any() else None
-            for edge, row in zip(edges, summed, strict=True)
-        ]
-
-    def _pool(self, sites: Iterable[Site]) -> np.ndarray:
-        scores_N = torch.cat([scores.flatten().cpu() for site in sites for scores in self._scores[site]])
-        return scores_N[~scores_N.isnan()].double().numpy()
-
-
-def bins(low: float, high: float) -> np.ndarray:
-    """Ends of ``BINS`` equal bins between the smallest and the largest score, a little apart where all are equal."""
-    if low > high:
-        low, high = 0.0, 0.0  # no scores at all
-    return np.linspace(low, high, BINS + 1) if high > low else np.linspace(low - 0.5, high + 0.5, BINS + 1)
-
 
 def count(record: RoutingRecord) -> Tensor:
     """Candidates by kind, kept by kind, sum of their entropies, foreseen, agreed; float32 (2 K + 3), on the device."""
     assert isinstance(record.decision, KeptTokens)
     tokens, candidate_BT = record.tokens, record.candidate_BT
-    kinds_K11 = torch.tensor([int(kind) for kind in KINDS], device=candidate_BT.device)[:, None, None]
-    candidate_KBT = (tokens.kind_BT == kinds_K11) & candidate_BT
+    candidate_KBT = of_kinds(tokens) & candidate_BT
     candidates_K = candidate_KBT.sum((1, 2))
     keep_BT, foreseen_BT = record.decision.keep_BT(), record.foreseen_BT
     kept_K = (candidate_KBT & keep_BT).sum((1, 2))
@@ -188,9 +153,10 @@ def count(record: RoutingRecord) -> Tensor:
     return torch.cat([candidates_K, kept_K, entropy[None], both_2])
 
 
-def candidate_scores(record: RoutingRecord) -> Tensor:
-    """The scores of the candidates; NaN everywhere else, (B, T, E)."""
-    return record.scores_BTE.detach().masked_fill(~record.candidate_BT[..., None], torch.nan)
+def of_kinds(tokens: Tokens) -> Tensor:
+    """True where the token is of each kind; bool (K, B, T)."""
+    kinds_K11 = torch.tensor([int(kind) for kind in KINDS], device=tokens.kind_BT.device)[:, None, None]
+    return tokens.kind_BT == kinds_K11
 
 
 def entropy_bits(scores_BTE: Tensor) -> Tensor:

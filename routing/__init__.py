@@ -2,6 +2,7 @@
 
 from routing.attended import AttendedLayer
 from routing.attention import ReceivedAttention
+from routing.balance import Balanced
 from routing.cache import RoutedKV
 from routing.capacity import CapacitySchedule, Constant, Linear, Nothing, PerLayer, ShiftedCosine, WarmUp
 from routing.chance import uniform_BT
@@ -54,6 +55,7 @@ __all__ = [
     "AllOrNothing",
     "AttendedLayer",
     "AuxLoss",
+    "Balanced",
     "BatchLoss",
     "Between",
     "BothBranches",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from routing.tape import RoutingTape
 
 if TYPE_CHECKING:
+    from routing.gate import Gate
     from routing.plugin import RoutingPlugin
 
 
@@ -19,7 +20,9 @@ class Routing:
     Args:
         plugins: Enabled strategies, by name.
         tape: Where its gates find facts and leave records.
+        gates: What decides, in the order of the claims.
     """
 
     plugins: Mapping[str, RoutingPlugin]
     tape: RoutingTape
+    gates: tuple[Gate, ...]

@@ -6,38 +6,49 @@ Shape suffixes: B batch, T tokens, E experts, K experts of a token, C tokens of 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from routing.capacity import kept_count
 from routing.decision import Decision, ExpertChoices, MixedChoices, TokenChoices
-from routing.select import Selector
+from routing.select import Selector, count_of
 from routing.tokens import TokenKind, Tokens
 
 REAL = tuple(kind for kind in TokenKind if kind is not TokenKind.PAD)
-D = TypeVar("D", bound=Decision)
 
 
-class ExpertSelector(Selector, Generic[D]):
+class ExpertSelector(Selector):
     """Decides in two steps: ``chosen`` who goes where, without gradients, and ``weighed`` what the answers count.
 
     A decision inside a layer that activation checkpointing replays is weighed anew, and never chosen anew. ``drops``:
-    whether a real token may go to no expert at all.
+    whether a real token may go to no expert at all; ``reads_ranks``: whether a router's correction of the ranks counts.
     """
 
     drops: bool = False
+    reads_ranks: bool = True
 
     @abstractmethod
-    def chosen(self, ranks_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens) -> D:
+    def chosen(self, ranks_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens) -> Decision:
         """Who goes where, by ``ranks_BTE``; its weights are not to be read."""
 
     @abstractmethod
-    def weighed(self, choices: D, weights_BTE: Tensor) -> D:
+    def weighed(self, choices: Decision, weights_BTE: Tensor) -> Decision:
         """The same choices with multipliers that carry the router's gradient; 0 where a slot is invalid."""
 
-    def __call__(self, scores_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens, capacity: float) -> D:
+    @abstractmethod
+    def answers(self, entering: Sequence[int], tokens: Tokens, experts: int) -> tuple[int, ...]:
+        """How many experts' answers each row takes, at most; known on the host.
+
+        Args:
+            entering: Tokens of each row that come to the experts.
+            tokens: All tokens of the rows.
+            experts: Among which the rule decides.
+        """
+
+    def __call__(self, scores_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens, capacity: float) -> Decision:
         with torch.no_grad():
             choices = self.chosen(scores_BTE.detach(), weights_BTE.detach(), tokens)
         return self.weighed(choices, weights_BTE)
@@ -50,7 +61,7 @@ class ExpertSelector(Selector, Generic[D]):
 
 
 @dataclass(frozen=True)
-class TokenChoice(ExpertSelector[TokenChoices]):
+class TokenChoice(ExpertSelector):
     """Each token takes its ``k`` best-scored experts (Shazeer et al. 2017, arXiv 1701.06538); none is ever full.
 
     Equal scores fall to the lower expert.
@@ -75,6 +86,9 @@ class TokenChoice(ExpertSelector[TokenChoices]):
                 " renormalise: false."
             )
 
+    def answers(self, entering: Sequence[int], tokens: Tokens, experts: int) -> tuple[int, ...]:
+        return tuple(self.k * n for n in entering)
+
     def chosen(self, ranks_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens) -> TokenChoices:
         expert_BTK = self.best(ranks_BTE)
         valid_BTK = tokens.valid_BT[..., None].expand_as(expert_BTK)
@@ -88,7 +102,8 @@ class TokenChoice(ExpertSelector[TokenChoices]):
             )
         return ranks_BTE.argsort(dim=-1, descending=True, stable=True)[..., : self.k]
 
-    def weighed(self, choices: TokenChoices, weights_BTE: Tensor) -> TokenChoices:
+    def weighed(self, choices: Decision, weights_BTE: Tensor) -> TokenChoices:
+        assert isinstance(choices, TokenChoices)
         weight_BTK = weights_BTE.gather(-1, choices.expert_BTK).masked_fill(~choices.valid_BTK, 0)
         if self.renormalise:
             total_BT1 = weight_BTK.sum(-1, keepdim=True)
@@ -97,7 +112,7 @@ class TokenChoice(ExpertSelector[TokenChoices]):
 
 
 @dataclass(frozen=True)
-class ExpertsChoose(ExpertSelector[MixedChoices]):
+class ExpertsChoose(ExpertSelector):
     """Each expert takes its best tokens of each row, C = n * c / E of n (Zhou et al. 2022, arXiv 2202.09368).
 
     Loads are equal by construction; a token is taken by any number of experts, and weighed by its probabilities as they
@@ -115,6 +130,7 @@ class ExpertsChoose(ExpertSelector[MixedChoices]):
     others: TokenChoice = TokenChoice()
     causal = False
     drops = True
+    reads_ranks = False
 
     def __post_init__(self) -> None:
         if not self.routes or TokenKind.PAD in self.routes or not self.c > 0:
@@ -127,9 +143,21 @@ class ExpertsChoose(ExpertSelector[MixedChoices]):
     def candidates(self, tokens: Tokens) -> bool:
         return any(kind in self.routes for kind in tokens.kinds)
 
+    def answers(self, entering: Sequence[int], tokens: Tokens, experts: int) -> tuple[int, ...]:
+        if tuple(entering) != tokens.count(REAL):
+            raise ValueError(
+                f"How many tokens of each kind come to {type(self).__name__} is not known beforehand where not all"
+                " enter the layer.\nAllowed: a layer that is routed in width alone, or a rule of single tokens.\n"
+                "Measure it."
+            )
+        candidates_B = tokens.count(self.routes)
+        taken = [experts * self.room(candidates, experts) for candidates in candidates_B]
+        own = [n - candidates for n, candidates in zip(entering, candidates_B, strict=True)]
+        return tuple(a + b for a, b in zip(taken, self.others.answers(own, tokens, experts), strict=True))
+
     def room(self, candidates: int, experts: int) -> int:
         """C for a row of so many candidates."""
-        return min(max(int(candidates * self.c / experts), 1), candidates)
+        return min(max(kept_count(candidates, self.c / experts), 1), candidates)
 
     def chosen(self, ranks_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens) -> MixedChoices:
         candidate_BT, E = tokens.mask(self.routes), ranks_BTE.shape[-1]
@@ -138,13 +166,14 @@ class ExpertsChoose(ExpertSelector[MixedChoices]):
         open_BET = weights_BTE.masked_fill(~candidate_BT[..., None], -torch.inf).transpose(1, 2)
         best_BEC = open_BET.gather(2, order_BET).argsort(dim=2, descending=True, stable=True)[..., :most]
         count_B = candidate_BT.sum(1)
-        room_B = torch.minimum((count_B * (self.c / E)).long().clamp_min(1), count_B)
+        room_B = torch.minimum(count_of(candidate_BT, self.c / E).clamp_min(1), count_B)
         valid_BEC = (torch.arange(most, device=count_B.device) < room_B[:, None, None]).expand_as(best_BEC)
         taken = ExpertChoices(order_BET.gather(2, best_BEC), weights_BTE, valid_BEC)
         own = self.others.chosen(ranks_BTE, weights_BTE, tokens)
         return MixedChoices(replace(own, valid_BTK=own.valid_BTK & ~candidate_BT[..., None]), taken)
 
-    def weighed(self, choices: MixedChoices, weights_BTE: Tensor) -> MixedChoices:
+    def weighed(self, choices: Decision, weights_BTE: Tensor) -> MixedChoices:
+        assert isinstance(choices, MixedChoices)
         taken = choices.experts
         weight_BEC = weights_BTE.transpose(1, 2).gather(2, taken.token_BEC).masked_fill(~taken.valid_BEC, 0)
         own = self.others.weighed(choices.tokens, weights_BTE)

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from routing.attended import AttendedLayer
 from routing.gate import FollowingGate
 from routing.layer import RoutedLayer
-from routing.names import decoder_layers
+from routing.names import decoder_layers, mlp_of
+from routing.routed_mlp import RoutedMLP
 from routing.tokens import Tokens
 
 
@@ -102,11 +103,11 @@ class DecoderShape:
             text.vocab_size,
         )
 
-    def layer_flops(self, tokens: int, convention: Convention, fed: int | None = None) -> int:
-        """One gated decoder layer on a sequence of ``tokens``, of which ``fed`` (None: all) enter the feed-forward."""
+    def layer_flops(self, tokens: int, convention: Convention, fed: int) -> int:
+        """One gated decoder layer on a sequence of ``tokens``; ``fed``: tokens in the feed-forward times its width."""
         attention_width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
         attention = tokens * self.width * (2 * attention_width + 2 * kv_width)
-        feed_forward = (tokens if fed is None else fed) * self.width * 3 * self.feed_forward
+        feed_forward = fed * self.width * 3
         pairs = {"none": 0, "full": tokens * tokens, "causal": tokens * (tokens + 1) // 2}[convention.attention]
         return 2 * (attention + feed_forward) + 4 * pairs * attention_width
 
@@ -131,7 +132,13 @@ def count(
     for number, layer in enumerate(decoder_layers(model)):
         kept = _kept(layer, tokens)
         stored = rows if isinstance(layer, AttendedLayer) else kept
-        flops = sum(shape.layer_flops(n, convention, fed) for n, fed in zip(stored, kept, strict=True))
+        mlp = mlp_of(layer)[1]
+        experts = mlp if isinstance(mlp, RoutedMLP) else None
+        fed = [n * shape.feed_forward for n in kept] if experts is None else experts.fed(kept, tokens)
+        flops = sum(shape.layer_flops(n, convention, f) for n, f in zip(stored, fed, strict=True))
+        if experts is not None and convention.routers:
+            routers = (experts.gate.router, *experts.branches)
+            flops += 2 * sum(p.numel() for router in routers for p in router.parameters()) * sum(kept)
         if isinstance(layer, RoutedLayer) and convention.routers and not isinstance(layer.gate, FollowingGate):
             scored = sum(p.numel() for p in layer.gate.router.parameters())
             flops += 2 * scored * sum(map(sum, tokens.counts_B))

@@ -21,8 +21,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
+from routing.added import ROUTERS, like_added, tail
 from routing.plugin import RoutingPlugin, attach, discover
-from routing.saving import KEY, ROUTERS, VERSION
+from routing.saving import KEY, VERSION
 
 REMEDY = "Export it again, or load another."
 
@@ -101,13 +102,18 @@ class Exported:
         """Of all tensors, as they are written."""
         return set(self._places())
 
+    def held(self, names: Collection[str]) -> dict[str, str]:
+        """Those of a model's names that routing added, and that are here; and how they are written."""
+        written = {tail(name): name for name in like_added(self.names())}
+        return {name: written[tail(name)] for name in names if tail(name) in written}
+
     def tensors(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Some of the tensors, on the CPU, as they are written."""
+        """Some of the tensors that routing added, by their names in the model, on the CPU."""
         found: dict[str, Tensor] = {}
-        places = self._places()
-        for file in sorted({places[name] for name in names}):
+        places, written = self._places(), self.held(names)
+        for file in sorted({places[each] for each in written.values()}):
             with safe_open(file, "pt") as opened:
-                found |= {name: opened.get_tensor(name) for name in names if places[name] == file}
+                found |= {n: opened.get_tensor(each) for n, each in written.items() if places[each] == file}
         return found
 
     def _places(self) -> dict[str, Path]:
@@ -205,7 +211,7 @@ def load_routed(
     attach(model, plugins)
     own = model.state_dict()
     wanted = own.keys() - taken
-    check_names(exported.name, wanted, report["unexpected_keys"] | (wanted & exported.names()))
+    check_names(exported.name, wanted, report["unexpected_keys"] | exported.held(wanted).keys())
     tensors = exported.tensors(wanted)
     check_fit(exported.name, own, tensors)
     model.load_state_dict(tensors, strict=False)

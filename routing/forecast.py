@@ -95,11 +95,11 @@ class CalibratedRouter(ForecastingRouter):
     def forecast(self, inputs: RouterInputs, scores_BTE: Tensor) -> Tensor:
         if inputs.tokens.phase != "train":
             self._warn_unless_measured(inputs)
-        return scores_BTE.detach() - self.cut_L[_checked_layer(inputs.site.layer)]
+        return scores_BTE.detach() - self.cut_L[checked_layer(inputs.site.layer)]
 
     def calibrate(self, layer: int, cut: float) -> None:
         """From now on tokens of this layer enter whose score exceeds ``cut``."""
-        self.cut_L[_checked_layer(layer)] = cut
+        self.cut_L[checked_layer(layer)] = cut
         self.measured_L[layer] = True
         self._unasked = None
 
@@ -120,7 +120,7 @@ class CalibratedRouter(ForecastingRouter):
         self._unasked = None
 
 
-def _checked_layer(layer: int) -> int:
+def checked_layer(layer: int) -> int:
     if layer >= MOST_LAYERS:
         raise ValueError(
             f"Calibrated: layer {layer} is routed.\nAllowed: layers 0 to {MOST_LAYERS - 1}.\nRoute earlier layers, or"

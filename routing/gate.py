@@ -58,14 +58,13 @@ class Gate:
             weights_BTE = weights_BTE.to(x_BTD.dtype)
         if again is not None:
             assert isinstance(rule, ExpertSelector)
-            weighed: Decision = rule.weighed(again, weights_BTE)
-            return weighed
+            return rule.weighed(again, weights_BTE)
         share = self.share(tokens.progress)
         given_BTE = self.router.ranks(self.site, scores_BTE, weights_BTE)
         if rule.reads == "forecast":
             assert forecast_BTE is not None
             given_BTE = forecast_BTE
-        if tape.intervention is None:
+        if tape.intervention is None or isinstance(rule, ExpertSelector):
             decision = rule(given_BTE, weights_BTE, tokens, share)
         else:
             decision = tape.intervention(

@@ -142,5 +142,5 @@ def attach(model: PreTrainedModel, plugins: Mapping[str, RoutingPlugin]) -> Rout
         observer = TokenObserver(tape, decoder.layers)
         model.register_forward_pre_hook(observer.before, with_kwargs=True)
         model.register_forward_hook(observer.after, always_call=True)
-        route_model(model, Routing(enabled, tape))
+        route_model(model, Routing(enabled, tape, tuple(decoder.gates)))
     return tape

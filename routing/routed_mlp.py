@@ -6,6 +6,8 @@ experts or the dense branch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -17,7 +19,7 @@ from routing.feed_forward import FeedForward
 from routing.gate import Gate
 from routing.inside import Inside, Running
 from routing.router import Router, RouterInputs
-from routing.tokens import TokenKind
+from routing.tokens import TokenKind, Tokens
 from routing.upcycling import Upcycling
 
 
@@ -51,6 +53,9 @@ class RoutedMLP(nn.Module):
         self.experts, self.always = experts, always
         self.nulls = scores - experts.num_experts
         self.dense = None if residual is None else residual[0]
+        self.width = experts.down_proj.shape[2]  # hidden width of an expert, and of what every token takes
+        self.beside = 0 if always is None else always.down_proj.shape[2]
+        self.beside += 0 if residual is None else FeedForward.of(residual[0], gate.site).hidden
         # No child: it is registered on the model's root.
         self.branches: tuple[Router, ...] = () if residual is None else (residual[1],)
 
@@ -71,6 +76,13 @@ class RoutedMLP(nn.Module):
         share_BT2: Tensor = router(inputs).softmax(-1).to(answer.dtype)
         dense: Tensor = self.dense(hidden_states)
         return share_BT2[..., :1] * answer + share_BT2[..., 1:] * dense
+
+    def fed(self, entering: Sequence[int], tokens: Tokens) -> list[int]:
+        """Tokens of each row times the hidden width of all that they go through, at most; known on the host."""
+        rule = self.gate.selector.rule(tokens.phase)
+        assert isinstance(rule, ExpertSelector)
+        answers = rule.answers(entering, tokens, self.experts.num_experts + self.nulls)
+        return [n * self.width + each * self.beside for n, each in zip(answers, entering, strict=True)]
 
     def decided(self, inputs: RouterInputs, inside: Inside) -> Decision:
         """The decision about this forward's tokens; in a replay, what was decided when it ran first."""
@@ -111,14 +123,14 @@ class RoutedMLP(nn.Module):
 
     def _to_chosen(self, x_BTD: Tensor, choices: ExpertChoices) -> Tensor:
         """Experts have chosen tokens; one writes after the other, so that sums have a fixed order."""
-        B, E, C = choices.token_BEC.shape
-        index_BECD = choices.token_BEC[..., None].expand(-1, -1, -1, x_BTD.shape[-1])
+        (B, E, C), D = choices.token_BEC.shape, x_BTD.shape[-1]
+        index_BECD = choices.token_BEC[..., None].expand(-1, -1, -1, D)
         x_BECD = x_BTD[:, None].expand(-1, E, -1, -1).gather(2, index_BECD)
-        y_EXD = self.experts.each(x_BECD.transpose(0, 1).reshape(E, B * C, -1)[: self.experts.num_experts])
+        y_EXD = self.experts.each(x_BECD.transpose(0, 1).reshape(E, B * C, D)[: self.experts.num_experts])
         weight_BEC = choices.weight_BEC.to(x_BTD.dtype)
         answer_BTD = torch.zeros_like(x_BTD)
         for e, y_XD in enumerate(y_EXD):
-            answer_BTD = answer_BTD.scatter_add(1, index_BECD[:, e], y_XD.view(B, C, -1) * weight_BEC[:, e, :, None])
+            answer_BTD = answer_BTD.scatter_add(1, index_BECD[:, e], y_XD.view(B, C, D) * weight_BEC[:, e, :, None])
         return answer_BTD
 
 

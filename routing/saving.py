@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from os import PathLike
 from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers import PreTrainedConfig
 
+from routing.added import added
 from routing.applied import Routing
 from routing.specs import to_spec
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from routing.plugin import RoutingPlugin
 
 KEY, VERSION = "routing", 1  # of the block in config.json
-ROUTERS = "routers."
 
 
 class Saving(nn.Module):
@@ -32,7 +32,7 @@ class Saving(nn.Module):
             ValueError: a ``state_dict`` is given that lacks weights of routers.
         """
         if isinstance(given := kwargs.get("state_dict"), Mapping) and kwargs.get("is_main_process", True):
-            refuse_without_routers(given, self.state_dict())
+            refuse_without_added(given, added(self))
         setattr(self.config, KEY, block(self.routing.plugins))
         try:
             super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
@@ -45,11 +45,12 @@ def block(plugins: Mapping[str, RoutingPlugin]) -> dict[str, object]:
     return {"version": VERSION, "plugins": {name: to_spec(plugin) for name, plugin in plugins.items()}}
 
 
-def refuse_without_routers(given: Mapping[str, object], own: Mapping[str, object]) -> None:
-    """Raises ValueError where weights of routers would be left out of what is saved."""
-    if lost := [name for name in own if name.startswith(ROUTERS) and name not in given]:
+def refuse_without_added(given: Mapping[str, object], own: Collection[str]) -> None:
+    """Raises ValueError where weights of routers or experts would be left out of what is saved."""
+    if lost := sorted(name for name in own if name not in given):
         raise ValueError(
-            f"state_dict lacks {len(lost)} weights of routers: {', '.join(lost[:5])}{', …' * (len(lost) > 5)}.\n"
+            f"state_dict lacks {len(lost)} weights of routers or experts: {', '.join(lost[:5])}"
+            f"{', …' * (len(lost) > 5)}.\n"
             "Allowed: all that a routed model has; without routers it would be another model.\nGive them too, or"
             " leave out state_dict."
         )

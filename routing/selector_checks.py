@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from routing.balance import BalancedRouter
+from routing.choose import ExpertSelector
 from routing.router import Router
 from routing.select import Selector
 from routing.tape import Site
@@ -34,6 +36,17 @@ def check_forecast(by: str, selector: Selector, router: Router) -> None:
                 f"Plugin {by!r}: {type(rule).__name__} reads a forecast, and the router makes none.\nAllowed: a router"
                 " with a forecast, such as Predicted or Calibrated.\nGive one under `router`, or another rule."
             )
+
+
+def check_balanced(by: str, selector: Selector, router: Router) -> None:
+    """Raises ValueError if a router's bias would reach no rule."""
+    rule = selector.rule("train")
+    if isinstance(router, BalancedRouter) and not (isinstance(rule, ExpertSelector) and rule.reads_ranks):
+        raise ValueError(
+            f"Plugin {by!r}: router: Balanced moves what tokens rank experts by, and {type(rule).__name__} does not"
+            " read that.\nAllowed: where tokens choose experts, as by TokenChoice.\nGive another router; loads are"
+            " equal already where experts choose."
+        )
 
 
 def check_attends(site: Site) -> None:

@@ -39,6 +39,9 @@ HOW = [
 ]
 
 
+EXPERTS = "model: {init_args: {plugins: {moe: {class_path: MixtureOfExperts}}}}"
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """One training of two ranks, and the folder of what its spies wrote."""
@@ -173,3 +176,17 @@ def test_brief_writes_at_most_forty_tags_and_nothing_writes_none(tiny, tmp_path)
     (later,) = set(tmp_path.rglob("events.out.*")) - {file}
     left = EventAccumulator(str(later)).Reload().Tags()
     assert not [tag for kind in KINDS for tag in left[kind] if tag.startswith(("depth/", "router/"))]
+
+
+def test_experts_are_drawn_beside_depth_in_fit_and_do_not_disturb_validate(tiny, tmp_path):
+    (tmp_path / "experts.yaml").write_text(EXPERTS)
+    routed = [QUICKSTART, *tiny, f"--config={tmp_path / 'experts.yaml'}", "--monitor.detail=detailed"]
+    routed += ["--trainer.callbacks+=lit_modules.RoutingTruth", "--trainer.callbacks+=lit_modules.OutcomeWriter"]
+    lit.main(["fit", *routed])
+    (file,) = tmp_path.rglob("events.out.*")
+    tags = EventAccumulator(str(file)).Reload().Tags()
+    assert {"width/load_max", "width/information", "width/load/layer_02_mlp/expert_3"} <= set(tags["scalars"])
+    assert {"depth/retention", "router/entropy", "router/entropy/layer_02_mlp"} <= set(tags["scalars"])
+    assert {"width/map", "depth/map"} <= set(tags["images"]) and "router/scores/layer_02_mlp" in tags["histograms"]
+    assert Image.open(next(tmp_path.rglob("expert_map.png"))).size[0] > 400
+    lit.main(["validate", *routed, f"--ckpt_path={next(tmp_path.rglob('last.ckpt'))}"])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from routing import Gate, RoutedLayer, RoutingPlugin, Selector, TokenKind, Tokens, attach
+from routing import Gate, RoutedLayer, RoutedMLP, RoutingPlugin, Selector, TokenKind, Tokens, attach
 from routing.tokens import Phase
 from tests.tiny import facts, padded, row, tiny_llava
 
@@ -35,8 +35,23 @@ def gated(model) -> list[RoutedLayer]:
     return [layer for layer in model.get_decoder().layers if isinstance(layer, RoutedLayer)]
 
 
+def grown(model) -> list[RoutedMLP]:
+    return [module for module in model.modules() if isinstance(module, RoutedMLP)]
+
+
 def gates(model) -> list[Gate]:
-    return [layer.gate for layer in gated(model)]
+    return [part.gate for part in (*gated(model), *grown(model))]
+
+
+def unlike_the_network(model, phase: Phase) -> str | None:
+    """Why experts do not start as the feed-forward network that they came from, where their parts say so."""
+    for mlp in grown(model):
+        rule = mlp.gate.selector.rule(phase)
+        if rule.drops:
+            return f"{type(rule).__name__} lets tokens go to no expert, or to any number (drops = True)"
+        if mlp.nulls or mlp.always is not None or mlp.scale != 1:
+            return "experts are null, or slices of the network (upcycling.exact = False)"
+    return None
 
 
 def gradients(model) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
-"""Whatever a config can name has types that the parser can read: else it takes anything, and passes on what it was given.
+"""Whatever a config can name has types that the parser can read: else it takes anything, and passes on what it got.
 
-The parser reads the annotations of a base class with the names of the subclass's own file, so that a base class may only
+The parser reads the annotations of a base class with the names of the subclass's file, so that a base class may only
 use names that every file has.
 """
 

@@ -125,7 +125,7 @@ def test_an_oracle_without_evidence_is_refused_with_the_first_batch():
 
 @pytest.mark.parametrize("plugin", [None, ProgressiveDepths(enabled=False)])
 def test_an_unrouted_model_is_refused(plugin):
-    with pytest.raises(ValueError, match="no plugin routes this model"):
+    with pytest.raises(ValueError, match="this model is not routed"):
         validated(Told(), plugin, ("random",))
 
 

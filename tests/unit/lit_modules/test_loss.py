@@ -112,7 +112,7 @@ def test_auxiliary_losses_are_weighted_means_or_sums_over_their_plugin():
     batch = training_batch(0, 2)
     module._trainer = type("T", (), {"accumulate_grad_batches": 1, "world_size": 1})()
     step = module.forward_step(batch)
-    losses = module._auxiliary(step)
+    losses = module.auxiliary(module.plugins, step.records, 0, module._mean)
     expected = 0.5 * torch.stack([ZLoss()(record) for record in step.records]).mean()
     assert losses.keys() == {"depth_ZLoss", "depth_RouterCrossEntropy"}
     assert torch.equal(losses["depth_ZLoss"], expected)

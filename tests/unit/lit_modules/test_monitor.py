@@ -12,7 +12,8 @@ from lit_modules.kept_patches import KeptPatches, grid, kept_patches, places
 from lit_modules.monitor import RoutingMonitor, scalars
 from lit_modules.pictures import DIMMED, Tile, lit, picture, sheet
 from lit_modules.retention_map import UNKNOWN, History, colours, columns, panel, retention_map
-from lit_modules.tally import KINDS, Counts, Tally
+from lit_modules.score_histograms import Scores
+from lit_modules.tally import KINDS, Counts, Tally, bits
 from routing import (
     ExpertChoice,
     KeptTokens,
@@ -95,27 +96,29 @@ def test_a_tally_counts_candidates_by_kind_and_never_padding():
     counts = tally.counts(lambda values, _: 2 * values)  # as if a second rank had seen the same
     assert [site.layer for site in counts] == [1, 3]
     for site, got in counts.items():
-        seen = kept = asked = bits = 0.0
+        seen = kept = asked = entropy = 0.0
         for each in (r for r in records if r.site == site):
             for b, t in [(b, t) for b in range(2) for t in range(6) if each.tokens.kind_BT[b, t] in (V, Q)]:
                 seen, kept = seen + 1, kept + bool(each.decision.keep_BT()[b, t])
                 asked += float("nan") if each.capacity is None else each.capacity
-                bits -= sum(p * np.log2(p) for p in each.scores_BTE[b, t].softmax(-1).tolist())
+                entropy -= sum(p * np.log2(p) for p in each.scores_BTE[b, t].softmax(-1).tolist())
         assert got.candidates[V] == seen // 8 * 10 and got.candidates[Q] == seen // 8 * 6 and got.candidates[A] == 0
         assert got.total == 2 * seen and got.retention == pytest.approx(kept / seen)
-        assert got.mean_entropy == pytest.approx(bits / seen, rel=1e-6)
+        assert bits([got]) == pytest.approx(entropy / seen, rel=1e-6)
         assert got.target == pytest.approx(asked / seen, nan_ok=True)
     everything = Counts.sum(counts.values())
     assert everything.total == sum(each.total for each in counts.values()) and np.isnan(everything.target)
 
 
 def test_ranks_without_scores_leave_no_histogram():
-    tally = Tally()
+    tally, said = Tally(), Scores()
     only_answers = Tokens.of(torch.tensor([[A, A]]))
     decision = KeptTokens.of(only_answers.valid_BT, torch.ones(1, 2), 2)
     site = Site(0, 1, "layer", "depth")
-    tally.add([RoutingRecord(site, torch.zeros(1, 2, 1), decision, 0.5, only_answers, only_answers.mask([V]))])
-    assert tally.histograms([[site]], lambda values, _: values) == [None]
+    one = RoutingRecord(site, torch.zeros(1, 2, 1), decision, 0.5, only_answers, only_answers.mask([V]))
+    tally.add([one])
+    said.add([one])
+    assert said.histograms([[site]], lambda values, _: values) == [None]
     assert np.isnan(tally.counts(lambda values, _: values)[site].retention)
 
 
@@ -197,7 +200,7 @@ def test_agreement_is_counted_where_decoding_has_another_rule():
     alone = Counts({V: 4}, {V: 1}, 2.0, 0.0)
     filled = Counts(dict.fromkeys(KINDS, 1), dict.fromkeys(KINDS, 1), 2.0, 0.0, foreseen=4, agreed=3)
     assert np.isnan(alone.agreement) and Counts.sum([filled, filled]).agreement == 0.75
-    assert scalars("/layer_01", filled)["depth/agreement/layer_01"] == 0.75
+    assert scalars("/layer_01", {SITE: filled}, {})["depth/agreement/layer_01"] == 0.75
 
 
 def counted(*kept: int, asked: float = float("nan"), of: int = 1000) -> dict[Site, Counts]:
@@ -227,7 +230,7 @@ def test_neither_a_moment_nor_a_rule_that_holds_a_capacity_is_warned_of(asked):
 
 def test_the_monitor_warns_and_logs_the_agreement(recwarn):
     logged, tape = [], RoutingTape()
-    module = SimpleNamespace(tape=tape, log_dict=logged.append)
+    module = SimpleNamespace(tape=tape, log_dict=logged.append, plugins={})
     trainer = SimpleNamespace(global_step=0, log_every_n_steps=1, world_size=1, loggers=[], is_global_zero=True)
     monitor, tokens, scores = RoutingMonitor("detailed"), Tokens.of(torch.tensor([[Q, V, V]])), torch.ones(1, 3, 1)
     rules = SelectBy(train=Threshold(p=0.7), prefill=Threshold(p=0.8), decode=Threshold(p=0.8))

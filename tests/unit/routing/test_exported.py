@@ -211,7 +211,7 @@ def test_a_state_dict_without_routers_is_not_saved(tmp_path):
     dense = dict(model.state_dict())
     attach(model, {"depth": DRAWN})
     with pytest.raises(
-        ValueError, match=r"lacks 6 weights of routers: routers\.depth\.1(.|\n)*Allowed: (.|\n)*leave out"
+        ValueError, match=r"lacks 6 weights of routers or experts: routers\.depth\.1(.|\n)*Allowed: (.|\n)*leave out"
     ):
         model.save_pretrained(tmp_path / "out", state_dict=dense)
     assert not (tmp_path / "out").exists()

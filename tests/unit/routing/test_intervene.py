@@ -256,7 +256,9 @@ def test_what_an_intervention_cannot_do_is_refused_by_name():
             model(**batch, use_cache=False)
     tokens, scores = told(batch), torch.zeros(*told(batch).shape, 4)
     with pytest.raises(ValueError, match="layer 3 is routed in width by 'experts'"):
-        Random()(scores, scores, Site(3, 8, "mlp", "experts"), Sigmoid(), TokenChoice(1, renormalise=False), tokens, 1.0)
+        Random()(
+            scores, scores, Site(3, 8, "mlp", "experts"), Sigmoid(), TokenChoice(1, renormalise=False), tokens, 1.0
+        )
     with tape.intervening(Oracle()), tape.about(told(batch)):  # nothing is left behind by what was refused
         assert model(**batch, use_cache=False).logits.isfinite().all()
 

@@ -16,6 +16,10 @@ from routing.capacity import kept_count
 from routing.decision import Decision, KeptTokens, TokenChoices
 from routing.tokens import Phase, TokenKind, Tokens
 
+# Rows of which none may enter in a step of decoding, so that the layer is passed by. In a batch of more, somebody enters
+# nearly always, and asking costs as much in every layer as it would save in one of thirty.
+FEW = 4
+
 
 class Selector(ABC):
     """A rule from scores to a decision.
@@ -116,7 +120,10 @@ class DepthSelector(Selector, ABC):
             candidate_BT = self.candidate_BT(tokens)
             keep_BT = keep_BT | (tokens.valid_BT & ~candidate_BT)
             weight_BT = torch.where(candidate_BT, weight_BT, 1.0)
-        return KeptTokens.of(keep_BT, weight_BT, self.slots(keep_BT, tokens, capacity))
+        slots = self.slots(keep_BT, tokens, capacity)
+        if slots == 1 == tokens.shape[1]:
+            return KeptTokens(tokens.first_B1, keep_BT, weight_BT)
+        return KeptTokens.of(keep_BT, weight_BT, slots)
 
     def lets_in(self, scores_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens, capacity: float) -> Tensor:
         scores_BT, weights_BT = scores_BTE[..., 0].detach(), weights_BTE[..., 0].detach()
@@ -131,10 +138,12 @@ class DepthSelector(Selector, ABC):
         bound = self.bound(tokens, capacity)
         if bound is not None:
             return bound
-        # The one host sync of a rule whose answer depends on data.
-        if keep_BT.shape[1] == 1:
-            return int(keep_BT if len(keep_BT) == 1 else keep_BT.any())
-        return int(keep_BT.sum(1).max())
+        rows, length = keep_BT.shape
+        if length > 1:
+            return int(keep_BT.sum(1).max())  # the one host sync of a rule whose answer depends on data
+        if rows > FEW:
+            return 1
+        return int(keep_BT if rows == 1 else keep_BT.any())
 
     def candidates(self, tokens: Tokens) -> bool:
         return any(kind in self.routes for kind in tokens.kinds)

@@ -18,6 +18,27 @@ from routing.weighting import Weighting
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class Standing:
+    """What a gate knows about the tokens of a forward before it sees them.
+
+    Args:
+        tokens: The facts.
+        rule: What decides on them.
+        share: Share of the candidates that the schedule gives, in [0, 1].
+        kept: Most tokens that the rule keeps of each row; None if only the data tell.
+        foresees: Whether the router is asked for its forecast.
+        idle: Whether every token enters without being asked.
+    """
+
+    tokens: Tokens
+    rule: Selector
+    share: float
+    kept: tuple[int, ...] | None
+    foresees: bool
+    idle: bool
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class Gate:
     """A router, a weighting, a selector and a capacity at one site; the only writer of the tape.
 
@@ -32,19 +53,16 @@ class Gate:
     capacity: CapacitySchedule
     tape: RoutingTape
     norm: nn.Module | None = field(default=None, kw_only=True)
+    _standing: list[Standing] = field(default_factory=list, init=False, repr=False)
 
     def __call__(self, x_BTD: Tensor) -> Decision:
         """Decides for the hidden states that enter the site, (batch, tokens, width)."""
-        tokens, tape = self.known(), self.tape
+        tape, standing = self.tape, self.standing(self.known())
+        tokens, rule, share = standing.tokens, standing.rule, standing.share
         attention_BT = tape.attention.get(self.site.layer - 1) if self.router.attends else None
-        rule = self.selector.rule(tokens.phase)
-        foresees = self.router.forecasts and (tokens.phase == "train" or rule.reads == "forecast")
-        scores_BTE, forecast_BTE = self._asked(
-            x_BTD, RouterInputs(x_BTD, tokens, tuple(tape.earlier), self.site, attention_BT), foresees
-        )
+        scores_BTE, forecast_BTE = self._asked(x_BTD, standing, tuple(tape.earlier), attention_BT)
         # One rounding, to the dtype the weight multiplies in: what is ranked by weight is ranked as it is used.
         weights_BTE = self.weighting(scores_BTE).to(x_BTD.dtype)
-        share = self.share(tokens.progress)
         given_BTE = scores_BTE
         if rule.reads == "forecast":
             assert forecast_BTE is not None
@@ -64,22 +82,36 @@ class Gate:
         )
         return decision
 
-    def _asked(self, x_BTD: Tensor, inputs: RouterInputs, foresees: bool) -> tuple[Tensor, Tensor | None]:
+    def _asked(
+        self, x_BTD: Tensor, standing: Standing, records: tuple[RoutingRecord, ...], attention_BT: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """The router's scores, and its forecast where one is read."""
         if self.norm is None or not (torch.is_grad_enabled() and x_BTD.requires_grad):
-            return self._ask(x_BTD, inputs, foresees)
+            return self._ask(x_BTD, standing, records, attention_BT)
         # The norm's product and its float32 copy are as large as the residual stream, and stand outside what activation
         # checkpointing replays: a gate replays them itself, as cheaply as a norm.
         scores_BTE, forecast_BTE = checkpoint(
-            self._ask, x_BTD, inputs, foresees, use_reentrant=False, preserve_rng_state=False
+            self._ask, x_BTD, standing, records, attention_BT, use_reentrant=False, preserve_rng_state=False
         )
         return scores_BTE, forecast_BTE
 
-    def _ask(self, x_BTD: Tensor, inputs: RouterInputs, foresees: bool) -> tuple[Tensor, Tensor | None]:
-        if self.norm is not None:
-            inputs = RouterInputs(self.norm(x_BTD), inputs.tokens, inputs.records, inputs.site, inputs.attention_BT)
+    def _ask(
+        self, x_BTD: Tensor, standing: Standing, records: tuple[RoutingRecord, ...], attention_BT: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        read_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
+        inputs = RouterInputs(read_BTD, standing.tokens, records, self.site, attention_BT)
         scores_BTE: Tensor = self.router(inputs)
-        return scores_BTE, self.router.forecast(inputs, scores_BTE) if foresees else None
+        return scores_BTE, self.router.forecast(inputs, scores_BTE) if standing.foresees else None
+
+    def standing(self, tokens: Tokens) -> Standing:
+        """What is known before anybody is asked; found out once for all steps of decoding, which share their tokens."""
+        last = self._standing
+        if not last or last[0].tokens is not tokens:
+            rule, share = self.selector.rule(tokens.phase), self.share(tokens.progress)
+            foresees = self.router.forecasts and (tokens.phase == "train" or rule.reads == "forecast")
+            idle = TokenKind.PAD not in tokens.kinds and not self.selector.candidates(tokens)
+            last[:] = [Standing(tokens, rule, share, self.selector.kept(tokens, share), foresees, idle)]
+        return last[0]
 
     def known(self) -> Tokens:
         """The facts about the tokens of the forward that runs now."""
@@ -96,20 +128,16 @@ class Gate:
 
     def idle(self, tokens: Tokens) -> bool:
         """Whether every token of this forward enters without being asked; known on the host."""
-        return TokenKind.PAD not in tokens.kinds and not self.selector.candidates(tokens)
+        return self.standing(tokens).idle
 
     def kept(self, tokens: Tokens) -> tuple[int, ...] | None:
         """Most tokens that each row keeps here, known on the host; None if only the data tell."""
-        share, intervention = self.share(tokens.progress), self.tape.intervention
-        return (
-            self.selector.kept(tokens, share)
-            if intervention is None
-            else intervention.kept(self.selector, tokens, share)
-        )
+        standing, intervention = self.standing(tokens), self.tape.intervention
+        return standing.kept if intervention is None else intervention.kept(self.selector, tokens, standing.share)
 
     def ranked_BT(self, tokens: Tokens) -> Tensor | None:
         """True at the tokens that the rule in force compares with each other; None where each stands for itself."""
-        rule = self.selector.rule(tokens.phase)
+        rule = self.standing(tokens).rule
         return None if rule.causal and self.tape.intervention is None else rule.candidate_BT(tokens)
 
     def ragged(self, tokens: Tokens) -> bool:
@@ -118,7 +146,7 @@ class Gate:
         if kept is not None:
             # With gradients a layer that keeps nobody has a slot all the same.
             return len(set(kept)) > 1 or (not max(kept) and torch.is_grad_enabled())
-        counted = self.tape.intervention is None and self.selector.rule(tokens.phase).counts
+        counted = self.tape.intervention is None and self.standing(tokens).rule.counts
         return len(tokens.counts_B) > 1 or not counted or torch.is_grad_enabled()
 
 

@@ -1,6 +1,6 @@
 """Where kept tokens stand in a layer that numbers them anew.
 
-Shape suffixes: B batch, K kept tokens, N numbers, D width, W of all angles of a number.
+Shape suffixes: B batch, K kept tokens, N numbers, A kinds of angles, D width.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from routing.cache import RoutedKV
 from routing.decision import KeptTokens
@@ -31,7 +30,7 @@ class CompactPositions:
     """
 
     rotary: nn.Module
-    _angles: dict[tuple[torch.device, torch.dtype], tuple[Tensor, list[int]]] = field(default_factory=dict, repr=False)
+    _angles: dict[tuple[torch.device, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
 
     def __call__(self, x_BTD: Tensor, entering: KeptTokens | None, held: RoutedKV | None) -> tuple[Tensor, ...]:
         """Angles of the tokens that enter (None: all), behind those that the layer holds already; (B or 1, K, …)."""
@@ -50,15 +49,15 @@ class CompactPositions:
     def _known(self, x_B1D: Tensor, before: Tensor | int, slots: int) -> tuple[Tensor, ...]:
         """Angles of single tokens, from a table that the rotary module filled: asking it takes ten kernels a layer."""
         key = (x_B1D.device, x_B1D.dtype)
-        table_NW, widths = self._angles.get(key, (None, []))
-        if table_NW is None or len(table_NW) <= slots:
+        table_NAD = self._angles.get(key)
+        if table_NAD is None or len(table_NAD) <= slots:
             with torch.inference_mode(False), torch.no_grad():  # steps after this one may need gradients
                 numbers_1N = torch.arange(2 * max(slots, AT_LEAST), device=x_B1D.device)[None]
                 angles: tuple[Tensor, ...] = self.rotary(x_B1D.new_empty(1), position_ids=numbers_1N)
-                table_NW, widths = torch.cat(angles, dim=-1)[0], [each.shape[-1] for each in angles]
-            self._angles[key] = table_NW, widths
-        found = table_NW[None, before : before + 1] if isinstance(before, int) else F.embedding(before, table_NW)
-        return found.split(widths, dim=-1)
+                table_NAD = self._angles[key] = torch.stack(angles, dim=2)[0]
+        found_BKAD = table_NAD[None, before : before + 1] if isinstance(before, int) else table_NAD[before]
+        return found_BKAD.unbind(2)
+
 
 def checked(rotary: object, several: bool, by: str, model: str) -> nn.Module:
     """A decoder's rotary module, where it knows one position a token; ``several``: whether the model counts more.

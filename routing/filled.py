@@ -56,7 +56,9 @@ class Filled:
             self._count_B1 = None if more > 1 else self._count_B1 + (1 if valid_BK is None else valid_BK)
         bias = self._bias_B11S
         # Autograd may have saved what lies here; and what inference mode made is not written to outside it.
-        written = valid_BK is not None and (torch.is_grad_enabled() or _foreign(self._mask_BS if bias is None else bias))
+        written = valid_BK is not None and (
+            torch.is_grad_enabled() or _foreign(self._mask_BS if bias is None else bias)
+        )
         if bias is not None and more == 1 and not written:
             self._add_to_bias(bias, valid_BK)
         else:
@@ -71,13 +73,13 @@ class Filled:
         if valid_B1 is not None:
             bias_B11S.narrow(3, last, 1).masked_fill_(valid_B1.view(-1, 1, 1, 1), 0.0)
 
-    def _add_to_mask(self, valid_BK: Tensor | None, more: int, written: bool) -> None:
+    def _add_to_mask(self, valid_BK: Tensor | None, more: int, kept: bool) -> None:
         if self._bias_B11S is not None:
             self._mask_BS, self._bias_B11S = self._bias_B11S[:, 0, 0, : self.slots - more] == 0, None
         missing = self.slots - self._mask_BS.shape[1]
         if missing > 0:
             self._mask_BS = F.pad(self._mask_BS, (0, missing + self._room() - self.slots), value=True)
-        elif written:
+        elif kept:
             self._mask_BS = self._mask_BS.clone()
         if valid_BK is not None:
             self._mask_BS[:, self.slots - more : self.slots] = valid_BK
@@ -94,5 +96,6 @@ class Filled:
         return self._bias_B11S.narrow(3, 0, self.slots)
 
 
-def _foreign(made: Tensor) -> bool:
-    return made.is_inference() and not torch.is_inference_mode_enabled()
+def _is_kept(made: Tensor) -> bool:
+    """Whether nobody may write to it: autograd may have saved it, or inference mode made it and is over."""
+    return torch.is_grad_enabled() or (made.is_inference() and not torch.is_inference_mode_enabled())

@@ -16,8 +16,8 @@ from routing.capacity import kept_count
 from routing.decision import Decision, KeptTokens, TokenChoices
 from routing.tokens import Phase, TokenKind, Tokens
 
-# Rows of which none may enter in a step of decoding, so that the layer is passed by. In a batch of more, somebody enters
-# nearly always, and asking costs as much in every layer as it would save in one of thirty.
+# Rows in a step of decoding that are asked whether any of them enters, so that the layer is passed by where none does.
+# Of more rows somebody enters nearly always, and waiting for the answer in every layer costs more than is saved.
 FEW = 4
 
 
@@ -28,7 +28,7 @@ class Selector(ABC):
     equals one forward if one causal ``rule`` decides in both prefill and decode.
     ``batch_independent``: a row's decision depends on no other row. ``reads``: whether it is given the router's scores,
     or its forecast in their place. ``counts``: where only the data tell how many tokens enter, whether it asks for the
-    number, so that the fullest row fills its slots.
+    number, so that the fullest row fills its slots (but for single tokens of a batch, which get one each).
     """
 
     causal: bool
@@ -187,7 +187,8 @@ class ExpertChoice(DepthSelector):
 class Threshold(DepthSelector):
     """Each token decides alone: it enters if its weight exceeds ``p`` (gamma-MoD at inference, MoDification).
 
-    How many enter depends on the data, whatever the capacity, so each layer asks the device once for its longest row.
+    How many enter depends on the data, whatever the capacity, so each layer asks the device once for its longest row;
+    not so in a step of decoding with more than four rows, where every row gets a slot.
 
     Args:
         routes: Kinds of tokens that are routed.

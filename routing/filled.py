@@ -55,14 +55,11 @@ class Filled:
         if self._count_B1 is not None:
             self._count_B1 = None if more > 1 else self._count_B1 + (1 if valid_BK is None else valid_BK)
         bias = self._bias_B11S
-        # Autograd may have saved what lies here; and what inference mode made is not written to outside it.
-        written = valid_BK is not None and (
-            torch.is_grad_enabled() or _foreign(self._mask_BS if bias is None else bias)
-        )
-        if bias is not None and more == 1 and not written:
+        kept = valid_BK is not None and _is_kept(self._mask_BS if bias is None else bias)
+        if bias is not None and more == 1 and not kept:
             self._add_to_bias(bias, valid_BK)
         else:
-            self._add_to_mask(valid_BK, more, written)
+            self._add_to_mask(valid_BK, more, kept)
 
     def _add_to_bias(self, bias_B11S: Tensor, valid_B1: Tensor | None) -> None:
         last, holes = self.slots - 1, valid_B1 is not None

@@ -57,7 +57,7 @@ class TokenObserver:
         return new == 1 if self.tape.announced is None else seen >= self.tape.announced.shape[1]
 
     def _generated(self, ids_BT: Tensor) -> Tokens:
-        """Facts of tokens that follow a prompt; of single ones those of the step before, and what layers made of them."""
+        """Facts of tokens that follow a prompt; single ones share those of the step before, masks included."""
         if ids_BT.shape[1] > 1 or torch.compiler.is_compiling():
             return generated(ids_BT)
         # What inference mode makes, here and in masks that are made later, no autograd may save.

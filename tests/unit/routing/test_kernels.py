@@ -5,6 +5,8 @@
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from plugins.gamma_depths import GammaDepths
@@ -63,6 +65,8 @@ def test_a_layer_that_is_not_asked_takes_no_kernel_more(rows):
 def test_a_layer_that_is_asked_takes_a_quarter_more_and_one_that_is_passed_by_fewer(plugin, most):
     dense, asked, alone = kernels(None, 8), kernels(plugin, 8), kernels(plugin, 1)
     more = (asked - dense) / (LAYERS - 2)
+    if Version(transformers.__version__) < Version("5.23"):
+        more -= 2  # before, keys and values were repeated for this model's groups of queries wherever a mask is read
     print(f"\n{dense / LAYERS:.0f} a dense layer, {more:.1f} more in a routed one; alone {alone / dense:.2f} of dense")
     assert more <= most
     assert alone < asked

@@ -172,11 +172,11 @@ def _verdicts(results: Sequence[Result]) -> list[str]:
         "A median of ratios at most the target is held; key-value bytes are those of filled slots, after the prompt and"
         " after all tokens, and with one row those of all slots.",
         "",
-        "A rule that decides about generated tokens asks its router in every routed layer: 14 to 19 "
-        "kernels beside the 38 of a dense layer (`python -m pytest -s tests/unit/routing/test_kernels.py` "
-        "counts them on the CPU), and one question from the host. With one row, a layer that the token "
-        "passes by is skipped, which pays for that; in a batch a layer runs if any row enters, and "
-        "nothing is left to pay with. Rows that keep unlike numbers of tokens leave slots empty, and "
+        "A rule that decides about generated tokens asks its router in every routed layer: 9 to 11 "
+        "kernels beside the 43 of a dense layer (`python -m pytest -s tests/unit/routing/test_kernels.py` "
+        "counts them on the CPU). With up to four rows the host then asks whether anybody enters, and skips "
+        "a layer that all pass by; with one row that pays for the asking. In a larger batch every layer runs, "
+        "unasked, and nothing is left to pay with. Rows that keep unlike numbers of tokens leave slots empty, and "
         "attention then reads a mask.",
         "",
         "| setting | method | decode over dense | target | verdict | key-value bytes equal the count |",

@@ -57,8 +57,7 @@ class SkipOrKeepRouter(Router):
         self.network = nn.Linear(dim, 2, bias=False, dtype=torch.float32)
 
     def forward(self, inputs: RouterInputs) -> Tensor:
-        logits_BT2 = in_float32(self.network, inputs.x_BTD)
-        return logits_BT2[..., 1:] - logits_BT2[..., :1]
+        return in_float32(self.network, inputs.x_BTD).diff(dim=-1)
 
 
 @dataclass(frozen=True)

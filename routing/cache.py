@@ -13,9 +13,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from routing.decision import KeptTokens
+from routing.filled import Filled
 from routing.gather import like_model
-
-SPARE = 64  # columns, so that most steps need no kernel to lengthen a mask
 
 
 @dataclass(eq=False, slots=True)
@@ -51,20 +50,18 @@ class RoutedKV(DynamicLayer):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen = 0
-        self._noted: Tensor | None = None
-        self._bias: Tensor | None = None  # the same as a mask that is added, (B, 1, 1, S)
-        self._columns = 0
+        self._filled: Filled | None = None  # None while there is no hole
         self._admissions: list[Admission] = []
         self.densely: bool | None = None  # whether the whole model is, in each step after this cache; if that is known
 
     @property
     def valid_BS(self) -> Tensor | None:
         """False at holes, bool (B, S), what was admitted last included; None while there is no hole."""
-        return None if self._noted is None else self._noted[:, : self._columns]
+        return None if self._filled is None else self._filled.valid_BS
 
     @valid_BS.setter
     def valid_BS(self, valid_BS: Tensor | None) -> None:
-        self._noted, self._bias, self._columns = valid_BS, None, 0 if valid_BS is None else valid_BS.shape[1]
+        self._filled = None if valid_BS is None else Filled(valid_BS)
 
     @property
     def slots(self) -> int:
@@ -84,20 +81,11 @@ class RoutedKV(DynamicLayer):  # type: ignore[no-untyped-call]
         """
         self.seen += tokens
         slots, more = self.slots, tokens if new is None else new.index_BK.shape[1]
-        if self._noted is None and holes:
+        if self._filled is None and holes:
             assert new is not None
-            self.valid_BS = new.valid_BK.new_ones(len(new.valid_BK), slots)
-        if self._noted is not None:
-            self._lengthen(slots + more)
-            if new is not None:
-                # Autograd may have saved what lies here; and what inference mode made is not written to outside it.
-                foreign = self._noted.is_inference() and not torch.is_inference_mode_enabled()
-                if foreign or torch.is_grad_enabled():
-                    self._noted, self._bias = self._noted.clone(), None
-                self._noted[:, slots : self._columns] = new.valid_BK
-            if self._bias is not None and new is not None:
-                bias = self._bias[..., slots : self._columns]
-                bias.masked_fill_(~new.valid_BK[:, None, None, :], torch.finfo(bias.dtype).min)
+            self._filled = Filled(new.valid_BK.new_ones(len(new.valid_BK), slots))
+        if self._filled is not None:
+            self._filled.add(None if new is None else new.valid_BK, more)
         if new is not None and tokens > 1:
             after = slots + more
             start = self.seen - tokens
@@ -111,15 +99,6 @@ class RoutedKV(DynamicLayer):  # type: ignore[no-untyped-call]
             start = self._admissions.pop().start
         self._admissions.append(Admission(start, self.seen, self.slots, self.slots, None))
 
-    def _lengthen(self, columns: int) -> None:
-        """Takes note of slots up to that number, which are valid until somebody says otherwise."""
-        assert self._noted is not None
-        self._columns, missing = columns, columns - self._noted.shape[1]
-        if missing > 0:
-            # Attention kernels read a mask as it lies where its rows begin at multiples of 8.
-            missing += SPARE - (columns + SPARE) % 8
-            self._noted, self._bias = torch.nn.functional.pad(self._noted, (0, missing), value=True), None
-
     def mask(self, new: KeptTokens | None, x_BTD: Tensor, attention: Callable[[], str]) -> Tensor | None:
         """Whom the tokens that were just admitted attend to, of ``x_BTD``: valid ones before them, and themselves.
 
@@ -129,7 +108,7 @@ class RoutedKV(DynamicLayer):  # type: ignore[no-untyped-call]
         if (x_BTD.shape[1] if new is None else new.index_BK.shape[1]) == 1:
             return self._of_a_token(attention, x_BTD.dtype)
         held, name, device = self.slots, attention(), x_BTD.device
-        if not held and self._noted is None and name != "eager":  # which takes no mask for every query to every key
+        if not held and self._filled is None and name != "eager":  # which takes no mask for every query to every key
             return None
         index_BK = torch.arange(x_BTD.shape[1], device=device)[None] if new is None else new.index_BK
         order_BKK = index_BK[:, None, :] <= index_BK[:, :, None]
@@ -146,27 +125,26 @@ class RoutedKV(DynamicLayer):  # type: ignore[no-untyped-call]
     def step(self, attention: Callable[[], str], dtype: torch.dtype) -> Tensor | None:
         """Takes note of a token of each row that enters unasked: ``admit`` and ``mask`` at once."""
         self.seen += 1
-        if self._noted is None:
+        if self._filled is None:
             return None
-        self._lengthen(self.slots + 1)
+        self._filled.add(None, 1)
         return self._of_a_token(attention, dtype)
 
     def _of_a_token(self, named: Callable[[], str], dtype: torch.dtype) -> Tensor | None:
-        if self._noted is None:
+        if self._filled is None:
             return None
-        if self._bias is not None and self._bias.dtype is dtype:
-            return self._bias.narrow(3, 0, self._columns)
-        attention = named()
-        if attention.startswith("flash"):
-            return like_model(self._noted[:, None, None, : self._columns], attention, dtype)
-        if attention not in ("eager", "sdpa"):
-            return like_model(self._noted[:, None, None, : self._columns], attention, dtype)
-        self._bias = like_model(self._noted[:, None, None, :], "eager", dtype)  # what is added; sdpa reads it too
-        return self._bias.narrow(3, 0, self._columns)
+        if not self._filled.biased and (attention := named()) not in ("eager", "sdpa"):
+            return like_model(self._filled.valid_BS[:, None, None], attention, dtype)
+        return self._filled.bias(dtype)
 
     def filled_B(self) -> Tensor | int:
         """How many tokens each row holds, (B,); one number where there is no hole."""
-        return self.slots if self.valid_BS is None else self.valid_BS.sum(1)
+        filled = self.filled_B1()
+        return filled[:, 0] if isinstance(filled, Tensor) else filled
+
+    def filled_B1(self) -> Tensor | int:
+        """The same, (B, 1)."""
+        return self.slots if self._filled is None else self._filled.count_B1()
 
     def get_seq_length(self) -> int:
         return self.seen

@@ -46,9 +46,6 @@ class KeptTokens(Decision):
         With gradients at least 1: a layer without tokens must still touch its parameters in training.
         """
         bound = max(bound, int(torch.is_grad_enabled()))
-        if keep_BT.shape[1] == 1:
-            index_BK = keep_BT.new_zeros(len(keep_BT), min(bound, 1), dtype=torch.long)
-            return cls(index_BK, keep_BT if bound else keep_BT[:, :0], weight_BT)
         # Stable, so kept tokens stay in sequence order; the places behind them are tokens that pass by.
         index_BK = (~keep_BT).to(torch.int8).argsort(dim=1, stable=True)[:, :bound]
         return cls(index_BK, keep_BT.gather(1, index_BK), weight_BT)

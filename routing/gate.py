@@ -19,6 +19,27 @@ from routing.weighting import Weighting
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class Standing:
+    """What a gate knows about the tokens of a forward before it sees them.
+
+    Args:
+        tokens: The facts.
+        rule: What decides on them.
+        share: Share of the candidates that the schedule gives, in [0, 1].
+        kept: Most tokens that the rule keeps of each row; None if only the data tell.
+        foresees: Whether the router is asked for its forecast.
+        idle: Whether every token enters without being asked.
+    """
+
+    tokens: Tokens
+    rule: Selector
+    share: float
+    kept: tuple[int, ...] | None
+    foresees: bool
+    idle: bool
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class Gate:
     """A router, a weighting, a selector and a capacity at one site; the only writer of the tape.
 
@@ -33,6 +54,7 @@ class Gate:
     capacity: CapacitySchedule | None
     tape: RoutingTape
     norm: nn.Module | None = field(default=None, kw_only=True)
+    _standing: list[Standing] = field(default_factory=list, init=False, repr=False)
 
     def __call__(self, x_BTD: Tensor) -> Decision:
         """Decides for the hidden states that enter the site, (batch, tokens, width)."""
@@ -48,18 +70,16 @@ class Gate:
             again: What was decided when this very forward ran first: it is weighed anew, for its gradient, and not
                 recorded again.
         """
-        tokens, tape, x_BTD = inputs.tokens, self.tape, inputs.x_BTD
-        rule = self.selector.rule(tokens.phase)
-        foresees = self.router.forecasts and (tokens.phase == "train" or rule.reads == "forecast")
-        scores_BTE, forecast_BTE = self._asked(x_BTD, inputs, foresees)
+        tokens, tape, standing = inputs.tokens, self.tape, self.standing(inputs.tokens)
+        rule, share = standing.rule, standing.share
+        scores_BTE, forecast_BTE = self._asked(inputs, standing)
         weights_BTE = self.weighting(scores_BTE)
-        if not isinstance(rule, ExpertSelector):
+        if isinstance(rule, ExpertSelector):
+            if again is not None:
+                return rule.weighed(again, weights_BTE)
+        else:
             # One rounding, to the dtype the weight multiplies in: what is ranked by weight is ranked as it is used.
-            weights_BTE = weights_BTE.to(x_BTD.dtype)
-        if again is not None:
-            assert isinstance(rule, ExpertSelector)
-            return rule.weighed(again, weights_BTE)
-        share = self.share(tokens.progress)
+            weights_BTE = weights_BTE.to(inputs.x_BTD.dtype)
         given_BTE = self.router.ranks(self.site, scores_BTE, weights_BTE)
         if rule.reads == "forecast":
             assert forecast_BTE is not None
@@ -79,22 +99,32 @@ class Gate:
         )
         return decision
 
-    def _asked(self, x_BTD: Tensor, inputs: RouterInputs, foresees: bool) -> tuple[Tensor, Tensor | None]:
+    def _asked(self, inputs: RouterInputs, standing: Standing) -> tuple[Tensor, Tensor | None]:
         """The router's scores, and its forecast where one is read."""
-        if self.norm is None or not (torch.is_grad_enabled() and x_BTD.requires_grad):
-            return self._ask(x_BTD, inputs, foresees)
+        if self.norm is None or not (torch.is_grad_enabled() and inputs.x_BTD.requires_grad):
+            return self._ask(inputs.x_BTD, inputs, standing)
         # The norm's product and its float32 copy are as large as the residual stream, and stand outside what activation
         # checkpointing replays: a gate replays them itself, as cheaply as a norm.
         scores_BTE, forecast_BTE = checkpoint(
-            self._ask, x_BTD, inputs, foresees, use_reentrant=False, preserve_rng_state=False
+            self._ask, inputs.x_BTD, inputs, standing, use_reentrant=False, preserve_rng_state=False
         )
         return scores_BTE, forecast_BTE
 
-    def _ask(self, x_BTD: Tensor, inputs: RouterInputs, foresees: bool) -> tuple[Tensor, Tensor | None]:
+    def _ask(self, x_BTD: Tensor, inputs: RouterInputs, standing: Standing) -> tuple[Tensor, Tensor | None]:
         if self.norm is not None:
             inputs = RouterInputs(self.norm(x_BTD), inputs.tokens, inputs.records, inputs.site, inputs.attention_BT)
         scores_BTE: Tensor = self.router(inputs)
-        return scores_BTE, self.router.forecast(inputs, scores_BTE) if foresees else None
+        return scores_BTE, self.router.forecast(inputs, scores_BTE) if standing.foresees else None
+
+    def standing(self, tokens: Tokens) -> Standing:
+        """What is known before anybody is asked; found out once for all steps of decoding, which share their tokens."""
+        last = self._standing
+        if not last or last[0].tokens is not tokens:
+            rule, share = self.selector.rule(tokens.phase), self.share(tokens.progress)
+            foresees = self.router.forecasts and (tokens.phase == "train" or rule.reads == "forecast")
+            idle = TokenKind.PAD not in tokens.kinds and not self.selector.candidates(tokens)
+            last[:] = [Standing(tokens, rule, share, self.selector.kept(tokens, share), foresees, idle)]
+        return last[0]
 
     def known(self) -> Tokens:
         """The facts about the tokens of the forward that runs now."""
@@ -111,20 +141,16 @@ class Gate:
 
     def idle(self, tokens: Tokens) -> bool:
         """Whether every token of this forward enters without being asked; known on the host."""
-        return TokenKind.PAD not in tokens.kinds and not self.selector.candidates(tokens)
+        return self.standing(tokens).idle
 
     def kept(self, tokens: Tokens) -> tuple[int, ...] | None:
         """Most tokens that each row keeps here, known on the host; None if only the data tell."""
-        share, intervention = self.share(tokens.progress), self.tape.intervention
-        return (
-            self.selector.kept(tokens, share)
-            if intervention is None
-            else intervention.kept(self.selector, tokens, share)
-        )
+        standing, intervention = self.standing(tokens), self.tape.intervention
+        return standing.kept if intervention is None else intervention.kept(self.selector, tokens, standing.share)
 
     def ranked_BT(self, tokens: Tokens) -> Tensor | None:
         """True at the tokens that the rule in force compares with each other; None where each stands for itself."""
-        rule = self.selector.rule(tokens.phase)
+        rule = self.standing(tokens).rule
         return None if rule.causal and self.tape.intervention is None else rule.candidate_BT(tokens)
 
     def ragged(self, tokens: Tokens) -> bool:
@@ -133,7 +159,7 @@ class Gate:
         if kept is not None:
             # With gradients a layer that keeps nobody has a slot all the same.
             return len(set(kept)) > 1 or (not max(kept) and torch.is_grad_enabled())
-        counted = self.tape.intervention is None and self.selector.rule(tokens.phase).counts
+        counted = self.tape.intervention is None and self.standing(tokens).rule.counts
         return len(tokens.counts_B) > 1 or not counted or torch.is_grad_enabled()
 
 

@@ -134,7 +134,7 @@ class RoutedLayer(nn.Module):
 
     def refuse_ranking(self, tokens: Tokens) -> None:
         """Raises ValueError if tokens behind a cache would be ranked among those of one forward."""
-        rule = self.gate.selector.rule(tokens.phase)
+        rule = self.gate.standing(tokens).rule
         if not rule.causal and rule.candidates(tokens):
             raise ValueError(
                 f"Layer {self.gate.site.layer}: {type(rule).__name__} ranks tokens among those of one forward, and"

@@ -26,6 +26,7 @@ class TokenObserver:
     def __init__(self, tape: RoutingTape, layers: Iterable[nn.Module]) -> None:
         self.tape = tape
         self.routed = [layer for layer in layers if isinstance(layer, RoutedLayer)]
+        self._step: tuple[object, Tokens] | None = None
 
     def before(self, model: PreTrainedModel, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> None:
         ids_BT = kwargs.get("input_ids", args[0] if args else None)
@@ -35,7 +36,7 @@ class TokenObserver:
         seen, new = read_by(cache), ids_BT.shape[1]
         answers, dense = seen > 0 and self._are_answers(seen, new), False
         if answers:
-            tokens = generated(ids_BT)
+            tokens = self._generated(ids_BT)
             assert isinstance(cache, Cache)
             dense = new == 1 and not model.training and self._densely(tokens, cache)
         elif self.tape.announced is not None and seen < self.tape.announced.shape[1]:
@@ -54,6 +55,16 @@ class TokenObserver:
         if self.tape.prompt is not None:
             return seen >= self.tape.prompt
         return new == 1 if self.tape.announced is None else seen >= self.tape.announced.shape[1]
+
+    def _generated(self, ids_BT: Tensor) -> Tokens:
+        """Facts of tokens that follow a prompt; single ones share those of the step before, masks included."""
+        if ids_BT.shape[1] > 1 or torch.compiler.is_compiling():
+            return generated(ids_BT)
+        # What inference mode makes, here and in masks that are made later, no autograd may save.
+        key = ids_BT.shape, ids_BT.device, torch.is_inference_mode_enabled()
+        if self._step is None or self._step[0] != key:
+            self._step = key, generated(ids_BT)
+        return self._step[1]
 
     def _densely(self, tokens: Tokens, cache: Cache) -> bool:
         """Whether every step of decoding after this cache is dense; found out in its first one."""

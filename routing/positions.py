@@ -1,6 +1,6 @@
 """Where kept tokens stand in a layer that numbers them anew.
 
-Shape suffixes: B batch, K kept tokens, N numbers, D width.
+Shape suffixes: B batch, K kept tokens, N numbers, A kinds of angles, D width.
 """
 
 from __future__ import annotations
@@ -31,33 +31,33 @@ class CompactPositions:
     """
 
     rotary: nn.Module
-    _angles: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
+    _angles: dict[tuple[torch.device, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
 
     def __call__(self, x_BTD: Tensor, entering: KeptTokens | None, held: RoutedKV | None) -> tuple[Tensor, ...]:
         """Angles of the tokens that enter (None: all), behind those that the layer holds already; (B or 1, K, …)."""
         B, T, _ = x_BTD.shape
-        before = 0 if held is None else held.filled_B()
+        before = 0 if held is None else held.filled_B1()
         if T == 1 and held is not None and getattr(self.rotary, "rope_type", None) in FIXED:
             return self._known(x_BTD, before, held.slots)
         if entering is None:
             place_BK = torch.arange(T, device=x_BTD.device).expand(B, -1)
         else:
             place_BK = (entering.valid_BK.long().cumsum(1) - 1).clamp_min(0)
-        behind_BK = place_BK + (before[:, None] if isinstance(before, Tensor) else before)
+        behind_BK = place_BK + before
         angles: tuple[Tensor, ...] = self.rotary(x_BTD, position_ids=behind_BK)
         return angles
 
     def _known(self, x_B1D: Tensor, before: Tensor | int, slots: int) -> tuple[Tensor, ...]:
         """Angles of single tokens, from a table that the rotary module filled: asking it takes ten kernels a layer."""
         key = (x_B1D.device, x_B1D.dtype)
-        angles = self._angles.get(key)
-        if angles is None or angles[0].shape[1] <= slots:
+        table_NAD = self._angles.get(key)
+        if table_NAD is None or len(table_NAD) <= slots:
             with torch.inference_mode(False), torch.no_grad():  # steps after this one may need gradients
                 numbers_1N = torch.arange(2 * max(slots, AT_LEAST), device=x_B1D.device)[None]
-                angles = self._angles[key] = self.rotary(x_B1D.new_empty(1), position_ids=numbers_1N)
-        if isinstance(before, int):
-            return tuple(each[:, before : before + 1] for each in angles)
-        return tuple(each[0][before[:, None]] for each in angles)
+                angles: tuple[Tensor, ...] = self.rotary(x_B1D.new_empty(1), position_ids=numbers_1N)
+                table_NAD = self._angles[key] = torch.stack(angles, dim=2)[0]
+        found_BKAD = table_NAD[None, before : before + 1] if isinstance(before, int) else table_NAD[before]
+        return found_BKAD.unbind(2)
 
 
 def checked(model: PreTrainedModel, by: str) -> nn.Module:

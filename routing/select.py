@@ -15,6 +15,10 @@ from routing.capacity import kept_count
 from routing.decision import Decision, KeptTokens
 from routing.tokens import Phase, TokenKind, Tokens
 
+# Rows in a step of decoding that are asked whether any of them enters, so that the layer is passed by where none does.
+# Of more rows somebody enters nearly always, and waiting for the answer in every layer costs more than is saved.
+FEW = 4
+
 
 class Selector(ABC):
     """A rule from scores to a decision.
@@ -23,7 +27,7 @@ class Selector(ABC):
     equals one forward if one causal ``rule`` decides in both prefill and decode.
     ``batch_independent``: a row's decision depends on no other row. ``reads``: whether it is given the router's scores,
     or its forecast in their place. ``counts``: where only the data tell how many tokens enter, whether it asks for the
-    number, so that the fullest row fills its slots.
+    number, so that the fullest row fills its slots (but for single tokens of a batch, which get one each).
     """
 
     causal: bool
@@ -115,7 +119,10 @@ class DepthSelector(Selector, ABC):
             candidate_BT = self.candidate_BT(tokens)
             keep_BT = keep_BT | (tokens.valid_BT & ~candidate_BT)
             weight_BT = torch.where(candidate_BT, weight_BT, 1.0)
-        return KeptTokens.of(keep_BT, weight_BT, self.slots(keep_BT, tokens, capacity))
+        slots = self.slots(keep_BT, tokens, capacity)
+        if slots == 1 == tokens.shape[1]:
+            return KeptTokens(tokens.first_B1, keep_BT, weight_BT)
+        return KeptTokens.of(keep_BT, weight_BT, slots)
 
     def lets_in(self, scores_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens, capacity: float) -> Tensor:
         scores_BT, weights_BT = scores_BTE[..., 0].detach(), weights_BTE[..., 0].detach()
@@ -130,10 +137,12 @@ class DepthSelector(Selector, ABC):
         bound = self.bound(tokens, capacity)
         if bound is not None:
             return bound
-        # The one host sync of a rule whose answer depends on data.
-        if keep_BT.shape[1] == 1:
-            return int(keep_BT if len(keep_BT) == 1 else keep_BT.any())
-        return int(keep_BT.sum(1).max())
+        rows, length = keep_BT.shape
+        if length > 1:
+            return int(keep_BT.sum(1).max())  # the one host sync of a rule whose answer depends on data
+        if rows > FEW:
+            return 1
+        return int(keep_BT if rows == 1 else keep_BT.any())
 
     def candidates(self, tokens: Tokens) -> bool:
         return any(kind in self.routes for kind in tokens.kinds)
@@ -177,7 +186,8 @@ class ExpertChoice(DepthSelector):
 class Threshold(DepthSelector):
     """Each token decides alone: it enters if its weight exceeds ``p`` (gamma-MoD at inference, MoDification).
 
-    How many enter depends on the data, whatever the capacity, so each layer asks the device once for its longest row.
+    How many enter depends on the data, whatever the capacity, so each layer asks the device once for its longest row;
+    not so in a step of decoding with more than four rows, where every row gets a slot.
 
     Args:
         routes: Kinds of tokens that are routed.

@@ -116,6 +116,11 @@ class Tokens:
         return self.kind_BT != TokenKind.PAD
 
     @cached_property
+    def first_B1(self) -> Tensor:
+        """The place of each row's first token."""
+        return torch.zeros(len(self.kind_BT), 1, dtype=torch.long, device=self.kind_BT.device)
+
+    @cached_property
     def tie_order_BT(self) -> Tensor:
         """Positions of each row in the order in which equal scores are taken; padding last.
 

@@ -29,6 +29,7 @@ from routing import (
     WholeBlock,
     attach,
 )
+from routing.select import FEW
 from tests.tiny import IMAGE, PATCHES, facts, padded, row, tiny_llava
 
 ALL = (TokenKind.SYSTEM, TokenKind.QUESTION, TokenKind.ANSWER, TokenKind.VISION)
@@ -245,6 +246,25 @@ def test_a_layer_that_keeps_nobody_is_attended_to_by_nobody_gradients_or_not():
                 out = model(torch.full((2, 1), token), **step, past_key_values=cache)
             logits.append(out.logits.detach())
     torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("plugin", [STYLE, ONE_RULE], ids=["style", "gamma"])
+@pytest.mark.parametrize("rows", [FEW, FEW + 1])
+@torch.no_grad()
+def test_a_layer_that_no_row_enters_is_passed_by_or_gets_an_empty_slot(plugin, rows):
+    model = routed(replace(plugin, router=LinearRouter()))
+    for module in model.routers.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.bias.fill_(-2.0)
+    ids = torch.cat([words(24, seed) for seed in range(rows)])
+    cache = model(ids[:, :12]).past_key_values
+    with model.routing.tape.recording() as records:
+        got = [model(ids[:, at : at + 1], past_key_values=cache).logits for at in range(12, 24)]
+    want = model(ids, use_cache=False).logits[:, 12:]
+    torch.testing.assert_close(torch.cat(got, 1), want, atol=1e-5, rtol=1e-5)
+    decided = [record.decision for record in records]
+    nobody = [each.index_BK.shape[1] for each in decided if not each.keep_BT().any()]
+    assert 0 < len(nobody) < len(decided) and set(nobody) == {0 if rows == FEW else 1}
 
 
 @torch.no_grad()

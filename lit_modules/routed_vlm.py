@@ -16,9 +16,9 @@ from lit_modules import architecture, interventions, parts, report, rng
 from lit_modules.activation_checkpointing import recompute_layers
 from lit_modules.auxiliary import Auxiliary
 from lit_modules.backbones import Backbone
-from lit_modules.balancing import Balancing
 from lit_modules.batches import model_inputs, number
 from lit_modules.evaluation import Evaluation, Generation, Score, tags
+from lit_modules.following import Following
 from lit_modules.logits import logits_only_at
 from lit_modules.objectives import LanguageModelling, Objective, Step
 from lit_modules.optimization import Optimization
@@ -27,7 +27,7 @@ from lit_modules.outcome_writer import Row, rows
 from lit_modules.processes import gathered, leave_at_exit, shard
 from lit_modules.start import Start
 from routing import RoutingPlugin, RoutingTape, attach
-from routing.balance import balanced
+from routing.follow import following
 from routing.prefill import in_buckets
 from routing.specs import to_spec
 
@@ -80,7 +80,7 @@ class RoutedVLM(LightningModule):
         self.scores: list[Score] = []
         self.total_steps = 0.0
         self.rng_by_rank: list[Mapping[str, object]] = []
-        self.auxiliary, self.balancing = Auxiliary(), Balancing({})
+        self.auxiliary, self.following = Auxiliary(), Following({})
         self.save_hyperparameters(self._spec())
 
     def _spec(self) -> dict[str, object]:
@@ -96,7 +96,7 @@ class RoutedVLM(LightningModule):
         model = self.backbone.build()
         self.start.fill_dense(model, to_spec(self.backbone))
         self.tape = attach(model, self.plugins)
-        self.balancing = Balancing(balanced(model))
+        self.following = Following(following(model))
         self.rates = parts.choose(model, self.parts)
         parts.check_experts_asked(model, self.parts)
         interventions.check(self.generation.interventions, model)
@@ -156,7 +156,7 @@ class RoutedVLM(LightningModule):
         losses = self.objective(step)
         self.log_dict({f"loss/{n}": v.detach() / step.per_token / supervised for n, v in losses.items()}, prog_bar=True)
         auxiliary = self.auxiliary(self.plugins, step.records, self.global_step, self._mean)
-        self.balancing.add(step.records, self.global_step)
+        self.following.add(step.records, self.global_step)
         self.log_dict({f"loss/{name}": loss.detach() for name, loss in auxiliary.items()})
         # Lightning divides by the configured number of batches even where an epoch's last window is shorter.
         share = self.trainer.accumulate_grad_batches / number(batch, "batches_in_window")
@@ -196,7 +196,7 @@ class RoutedVLM(LightningModule):
         return sums if self.trainer.world_size == 1 else self.trainer.strategy.reduce(sums, reduce_op="mean")
 
     def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
-        self.balancing.end(self.global_step, self._mean)
+        self.following.end(self.global_step, self._mean)
 
     # Evaluation
 

@@ -31,8 +31,8 @@ class ExpertChoiceExperts(RoutingPlugin):
     As published, experts choose among all tokens, which lets a token see later ones, and leaves no rule for generated
     tokens. Here they choose among the vision tokens of a row, which all stand in the prompt, and text tokens choose
     experts: nothing that is predicted depends on what comes after it, if the picture comes first. For the published
-    rule give ``selector`` a SelectBy: ExpertsChoose with routes of every kind in training and prefill, and a rule of
-    single tokens in decode.
+    rule give ``selector`` a SelectBy: ExpertsChoose with routes of every kind in training and prefill, and
+    ``Exceeding`` in decode, with ``router: Cuts``.
 
     Args:
         placement: Routed layers.

@@ -2,14 +2,14 @@
 
 from routing.attended import AttendedLayer
 from routing.attention import ReceivedAttention
-from routing.balance import Balanced
 from routing.cache import RoutedKV
 from routing.capacity import CapacitySchedule, Constant, Linear, Nothing, PerLayer, ShiftedCosine, WarmUp
 from routing.chance import uniform_BT
-from routing.choose import ExpertsChoose, ExpertSelector, TokenChoice
+from routing.choose import Exceeding, ExpertsChoose, ExpertSelector, TokenChoice
 from routing.decision import Decision, ExpertChoices, KeptTokens, MixedChoices, TokenChoices
 from routing.decoder import Decoder, Modalities, Positions
 from routing.exported import load_routed
+from routing.follow import Balanced, Cuts
 from routing.forecast import Calibrated, Forecast, ForecastCrossEntropy, Predicted
 from routing.gate import FollowingGate, Gate
 from routing.intervene import Intervention
@@ -63,10 +63,12 @@ __all__ = [
     "CapacitySchedule",
     "Constant",
     "Copies",
+    "Cuts",
     "Decision",
     "Decoder",
     "DepthSelector",
     "Every",
+    "Exceeding",
     "ExpertChoice",
     "ExpertChoices",
     "ExpertSelector",

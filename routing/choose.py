@@ -24,11 +24,10 @@ class ExpertSelector(Selector):
     """Decides in two steps: ``chosen`` who goes where, without gradients, and ``weighed`` what the answers count.
 
     A decision inside a layer that activation checkpointing replays is weighed anew, and never chosen anew. ``drops``:
-    whether a real token may go to no expert at all; ``reads_ranks``: whether a router's correction of the ranks counts.
+    whether a real token may go to no expert at all.
     """
 
     drops: bool = False
-    reads_ranks: bool = True
 
     @abstractmethod
     def chosen(self, ranks_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens) -> Decision:
@@ -130,7 +129,6 @@ class ExpertsChoose(ExpertSelector):
     others: TokenChoice = TokenChoice()
     causal = False
     drops = True
-    reads_ranks = False
 
     def __post_init__(self) -> None:
         if not self.routes or TokenKind.PAD in self.routes or not self.c > 0:
@@ -178,3 +176,30 @@ class ExpertsChoose(ExpertSelector):
         weight_BEC = weights_BTE.transpose(1, 2).gather(2, taken.token_BEC).masked_fill(~taken.valid_BEC, 0)
         own = self.others.weighed(choices.tokens, weights_BTE)
         return MixedChoices(own, replace(taken, weight_BEC=weight_BEC))
+
+
+@dataclass(frozen=True)
+class Exceeding(ExpertSelector):
+    """Each token takes every expert whose weight for it exceeds the expert's cut, as the router follows it (``Cuts``).
+
+    So a token alone is decided on as ``ExpertsChoose`` decided in training, on average: for generated tokens, and for
+    prompts too where a token may not see later ones. How many experts it takes, none or all, depends on the data.
+    """
+
+    causal = True
+    drops = True
+
+    def answers(self, entering: Sequence[int], tokens: Tokens, experts: int) -> tuple[int, ...]:
+        raise ValueError(
+            "How many experts a token takes depends on the data under Exceeding; measure it, nothing can be counted"
+            " beforehand."
+        )
+
+    def chosen(self, ranks_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens) -> TokenChoices:
+        E, enough_BTE = ranks_BTE.shape[-1], (ranks_BTE > 0) & tokens.valid_BT[..., None]
+        expert_BTE = torch.where(enough_BTE, torch.arange(E, device=ranks_BTE.device), E)
+        return TokenChoices(expert_BTE, weights_BTE, enough_BTE)
+
+    def weighed(self, choices: Decision, weights_BTE: Tensor) -> TokenChoices:
+        assert isinstance(choices, TokenChoices)
+        return replace(choices, weight_BTK=weights_BTE.masked_fill(~choices.valid_BTK, 0))

@@ -67,7 +67,7 @@ class TokenChoices(Decision):
     """Width, the token chooses: its K experts, best first (MoE-LLaVA, LLaVA-MoD).
 
     Args:
-        expert_BTK: Experts of each token.
+        expert_BTK: Experts of each token; as many as there are is none.
         weight_BTK: Multiplier of each of their answers; differentiable in the router.
         valid_BTK: False on padding, and where a full expert turned the token away.
     """
@@ -77,8 +77,8 @@ class TokenChoices(Decision):
     valid_BTK: Tensor
 
     def routed_BTE(self, tokens: int, experts: int) -> Tensor:
-        chosen = torch.nn.functional.one_hot(self.expert_BTK, experts).bool() & self.valid_BTK[..., None]
-        return chosen.any(2)
+        chosen = torch.nn.functional.one_hot(self.expert_BTK, experts + 1).bool() & self.valid_BTK[..., None]
+        return chosen.any(2)[..., :experts]
 
     def detached(self) -> Self:
         return replace(self, weight_BTK=self.weight_BTK.detach())

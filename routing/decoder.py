@@ -26,7 +26,7 @@ from routing.routed_mlp import upcycled
 from routing.router import Router, RouterSpec
 from routing.routers import Routers, Sharing
 from routing.select import Selector
-from routing.selector_checks import check_attends, check_balanced, check_both_routed, check_forecast
+from routing.selector_checks import check_attends, check_both_routed, check_followed, check_forecast
 from routing.tape import Part, RoutingTape, Site
 from routing.upcycling import Upcycling
 from routing.weighting import Weighting
@@ -175,7 +175,7 @@ class Decoder:
             router = router.for_each_modality()
         built = self.router(router, site, sharing, experts)
         check_forecast(site.by, selector, built)
-        check_balanced(site.by, selector, built)
+        check_followed(site.by, selector, built)
         if built.attends:
             check_attends(site)
             self._observe(site, built.attends)

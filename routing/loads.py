@@ -40,4 +40,4 @@ def _wanted_BTE(decision: Decision, tokens: int, experts: int, which: Which) -> 
     if not isinstance(decision, TokenChoices):
         return decision.routed_BTE(tokens, experts)
     expert_BTK = decision.expert_BTK[..., :1] if which == "first" else decision.expert_BTK
-    return F.one_hot(expert_BTK, experts).bool().any(2)
+    return F.one_hot(expert_BTK, experts + 1).bool().any(2)[..., :experts]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from routing.balance import BalancedRouter
-from routing.choose import ExpertSelector
+from routing.choose import Exceeding, TokenChoice
+from routing.follow import BalancedRouter, CutRouter
 from routing.router import Router
 from routing.select import Selector
 from routing.tape import Site
@@ -38,14 +38,23 @@ def check_forecast(by: str, selector: Selector, router: Router) -> None:
             )
 
 
-def check_balanced(by: str, selector: Selector, router: Router) -> None:
-    """Raises ValueError if a router's bias would reach no rule."""
-    rule = selector.rule("train")
-    if isinstance(router, BalancedRouter) and not (isinstance(rule, ExpertSelector) and rule.reads_ranks):
+def check_followed(by: str, selector: Selector, router: Router) -> None:
+    """Raises ValueError if what a router follows would reach no rule, or a rule would follow nothing."""
+    phases: tuple[Phase, ...] = ("train", "prefill", "decode")
+    rules = [selector.rule(phase) for phase in phases]
+    if isinstance(router, BalancedRouter) and not isinstance(rules[0], TokenChoice):
         raise ValueError(
-            f"Plugin {by!r}: router: Balanced moves what tokens rank experts by, and {type(rule).__name__} does not"
+            f"Plugin {by!r}: router: Balanced moves what tokens rank experts by, and {type(rules[0]).__name__} does not"
             " read that.\nAllowed: where tokens choose experts, as by TokenChoice.\nGive another router; loads are"
             " equal already where experts choose."
+        )
+    exceeding = [isinstance(rule, Exceeding) for rule in rules]
+    if any(exceeding) != isinstance(router, CutRouter) or exceeding[0]:
+        raise ValueError(
+            f"Plugin {by!r}: {', '.join(type(rule).__name__ for rule in rules)} in training, prefill and decode, with"
+            f" {type(router).__name__}: Exceeding holds weights against cuts, which router: Cuts follows in training"
+            " where experts choose.\nAllowed: both, Exceeding in prefill or decode alone; or neither.\nGive e.g."
+            " router: Cuts and a SelectBy with train: ExpertsChoose, decode: Exceeding."
         )
 
 

@@ -93,7 +93,7 @@ def test_two_ranks_are_one(name, alone, experts, tmp_path):
     (last,) = tmp_path.rglob("last.ckpt")
     got = torch.load(last, weights_only=True)["state_dict"]
     assert got.keys() == weights.keys()
-    biases = [key for key in weights if key.endswith("bias_LE")]
+    biases = [key for key in weights if key.endswith("level_LE")]
     assert len(biases) == 2 and all(torch.equal(got[key], weights[key]) and got[key].any() for key in biases)
     # AdamW makes steps of full size from gradients that are zero but for rounding, such as those of key biases.
     apart = torch.cat([(value - weights[key]).abs().flatten() for key, value in got.items()])

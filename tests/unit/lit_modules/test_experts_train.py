@@ -12,8 +12,21 @@ from lit_modules.backbones import Pretrained
 from plugins.expert_choice_experts import ExpertChoiceExperts
 from plugins.mixture_of_experts import MixtureOfExperts
 from plugins.progressive_depths import ProgressiveDepths
-from routing import Balanced, Copies, LinearRouter, LoadBalance, ZLoss, attach, load_E
-from routing.balance import BalancedRouter
+from routing import (
+    Balanced,
+    Copies,
+    Cuts,
+    Exceeding,
+    ExpertsChoose,
+    LinearRouter,
+    LoadBalance,
+    SelectBy,
+    TokenKind,
+    ZLoss,
+    attach,
+    load_E,
+)
+from routing.follow import BalancedRouter
 from tests.stub_data import StubData
 from tests.tiny import facts, padded, row, tiny_llava
 
@@ -84,12 +97,12 @@ def test_a_bias_falls_for_experts_with_more_than_the_mean_once_a_step():
     module, _ = trained({"moe": MixtureOfExperts(router=Balanced(SPREAD, rate=0.1))}, accumulate_grad_batches=2)
     router = module.model.routers["moe"]["0_mlp"]
     assert isinstance(router, BalancedRouter)
-    bias_E = router.bias_LE[0]
-    assert bias_E.abs().max() <= 4 * 0.1 + 1e-6 and bias_E.any() and not router.bias_LE[1].any()
+    bias_E = router.level_LE[0]
+    assert bias_E.abs().max() <= 4 * 0.1 + 1e-6 and bias_E.any() and not router.level_LE[1].any()
     assert torch.allclose((bias_E / 0.1).round(), bias_E / 0.1, atol=1e-4)
     before_E = bias_E.clone()
     router.follow(0, torch.tensor([4.0, 0.0, 2.0, 2.0]))
-    assert torch.allclose(router.bias_LE[0] - before_E, torch.tensor([-0.1, 0.1, 0.0, 0.0]))
+    assert torch.allclose(router.level_LE[0] - before_E, torch.tensor([-0.1, 0.1, 0.0, 0.0]))
 
 
 def test_a_bias_moves_choices_and_no_weight():
@@ -98,7 +111,7 @@ def test_a_bias_moves_choices_and_no_weight():
         torch.manual_seed(0)
         model = tiny_llava(layers=4)
         tape = attach(model, {"moe": MixtureOfExperts(router=Balanced(SPREAD))})
-        model.routers["moe"]["0_mlp"].bias_LE[0, 3] = bias
+        model.routers["moe"]["0_mlp"].level_LE[0, 3] = bias
         batch = padded([row(1, 9)])
         with tape.recording() as own:
             model.train()(**batch, use_cache=False)
@@ -155,3 +168,70 @@ def test_experts_start_where_a_run_of_experts_ended_and_are_refused_elsewhere(tm
     assert all(torch.equal(tensor, stored[name]) for name, tensor in again.model.state_dict().items())
     with pytest.raises(ValueError, match="became experts there"):
         RoutedVLM(Pretrained(str(tmp_path / "folder")), {}).configure_model()
+
+
+EVERY = tuple(kind for kind in TokenKind if kind is not TokenKind.PAD)
+ALONE = SelectBy(ExpertsChoose(EVERY), Exceeding(), Exceeding())
+
+
+def test_cuts_follow_the_least_weight_that_an_expert_took():
+    rows = [row(1, 9), row(0, 6, seed=1)]
+    torch.manual_seed(0)
+    model = tiny_llava(layers=4)
+    tape = attach(model, {"moe": ExpertChoiceExperts(router=Cuts(SPREAD, rate=0.25), selector=ALONE)})
+    batch = padded(rows)
+    with tape.about(facts(batch)), tape.recording() as records:
+        model.train()(**batch, use_cache=False)
+    router, record = model.routers["moe"]["0_mlp"], records[0]
+    probability_BTE = record.scores_BTE.softmax(-1)
+    least = torch.zeros(2, 4)
+    for b, ids in enumerate(rows):
+        for e in range(4):
+            best = sorted(probability_BTE[b, : len(ids), e].tolist(), reverse=True)
+            least[b, e] = best[int(len(ids) * 2 / 4) - 1]
+    router.follow(0, router.sums(record))
+    assert torch.allclose(router.level_LE[0], least.mean(0), atol=1e-6)  # the first time as it is
+    router.follow(0, torch.tensor([2.0, 4.0, 6.0, 8.0, 2.0]))
+    assert torch.allclose(router.level_LE[0], least.mean(0) * 0.75 + torch.arange(1, 5) * 0.25, atol=1e-6)
+    before = router.level_LE[0].clone()
+    router.follow(0, torch.zeros(5))  # nothing was chosen among
+    assert torch.equal(router.level_LE[0], before) and router.measured_L.nonzero().tolist() == [[0]]
+
+
+def test_a_token_takes_the_experts_whose_cuts_its_weights_exceed_and_steps_are_one_forward():
+    torch.manual_seed(0)
+    model = tiny_llava(layers=4).eval()
+    tape = attach(model, {"moe": ExpertChoiceExperts(router=Cuts(SPREAD), selector=ALONE)})
+    for router in model.routers["moe"].values():
+        router.level_LE[:] = torch.tensor([0.1, 0.3, 2.0, -1.0])
+    batch = {k: v for k, v in padded([row(1, 9), row(0, 6, seed=1)], "left").items() if k != "labels"}
+    how = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with torch.no_grad(), tape.recording() as records:
+        stepped = model.generate(**batch, **how)
+    assert torch.equal(stepped, model.generate(**batch, **how, use_cache=False))
+    for record in records:
+        weight_BTE, real_BT1 = record.scores_BTE.softmax(-1), record.tokens.valid_BT[..., None]
+        want = (weight_BTE > torch.tensor([0.1, 0.3, 2.0, -1.0])) & real_BT1
+        assert torch.equal(record.decision.routed_BTE(weight_BTE.shape[1], 4), want)
+        assert torch.equal(load_E(record), want.sum((0, 1)).float())
+        assert torch.allclose(record.decision.weight_BTK, weight_BTE * want)
+
+
+@pytest.mark.parametrize(
+    "plugin",
+    [
+        ExpertChoiceExperts(selector=ALONE),
+        ExpertChoiceExperts(router=Cuts()),
+        MixtureOfExperts(router=Cuts()),
+        MixtureOfExperts(router=Cuts(), selector=Exceeding()),
+    ],
+)
+def test_cuts_that_nothing_reads_or_sets_are_refused(plugin):
+    with pytest.raises(ValueError, match="holds weights against cuts"):
+        attach(tiny_llava(), {"moe": plugin})
+
+
+def test_cuts_train_with_the_model():
+    module, _ = trained({"moe": ExpertChoiceExperts(router=Cuts(SPREAD), selector=ALONE)})
+    router = module.model.routers["moe"]["2_mlp"]
+    assert router.measured_L.nonzero().tolist() == [[2]] and (router.level_LE[2] > 0).all()

@@ -38,7 +38,9 @@ def test_objects_name_their_class_and_every_argument():
     spec = to_spec(ProgressiveDepths(Layers((1, -1)), losses=(ZLoss(0.5),)))
     assert spec["class_path"] == "plugins.progressive_depths.ProgressiveDepths"
     assert spec["init_args"]["placement"] == {"class_path": "routing.Layers", "init_args": {"layers": [1, -1]}}
-    assert spec["init_args"]["losses"] == [{"class_path": "routing.ZLoss", "init_args": {"weight": 0.5, "over": "batch"}}]
+    assert spec["init_args"]["losses"] == [
+        {"class_path": "routing.ZLoss", "init_args": {"weight": 0.5, "over": "batch"}}
+    ]
     assert to_spec(TinyLlava) == "lit_modules.TinyLlava"
 
 

@@ -93,12 +93,17 @@ class TokenChoice(ExpertSelector):
         valid_BTK = tokens.valid_BT[..., None].expand_as(expert_BTK)
         return TokenChoices(expert_BTK, weights_BTE, valid_BTK)
 
+    def check(self, experts: int) -> None:
+        """Raises ValueError if there are too few experts."""
+        if self.k > experts:
+            raise ValueError(
+                f"{type(self).__name__}(k={self.k}): there are only {experts} experts to choose from.\nAllowed: k up to"
+                " their number.\nGive a smaller k, or more experts."
+            )
+
     def best(self, ranks_BTE: Tensor) -> Tensor:
         """The experts of each token, best first, (B, T, K)."""
-        if self.k > ranks_BTE.shape[-1]:
-            raise ValueError(
-                f"{type(self).__name__}(k={self.k}): there are only {ranks_BTE.shape[-1]} experts to choose from."
-            )
+        self.check(ranks_BTE.shape[-1])
         return ranks_BTE.argsort(dim=-1, descending=True, stable=True)[..., : self.k]
 
     def weighed(self, choices: Decision, weights_BTE: Tensor) -> TokenChoices:

@@ -26,7 +26,7 @@ from routing.routed_mlp import upcycled
 from routing.router import Router, RouterSpec
 from routing.routers import Routers, Sharing
 from routing.select import Selector
-from routing.selector_checks import check_attends, check_both_routed, check_followed, check_forecast
+from routing.selector_checks import check_attends, check_both_routed, check_followed, check_forecast, check_kind
 from routing.tape import Part, RoutingTape, Site
 from routing.upcycling import Upcycling
 from routing.weighting import Weighting
@@ -174,6 +174,7 @@ class Decoder:
             check_both_routed(site.by, selector)
             router = router.for_each_modality()
         built = self.router(router, site, sharing, experts)
+        check_kind(site, selector, experts)
         check_forecast(site.by, selector, built)
         check_followed(site.by, selector, built)
         if built.attends:

@@ -60,7 +60,7 @@ class Gate:
         """Decides for the hidden states that enter the site, (batch, tokens, width)."""
         tokens, tape = self.known(), self.tape
         attention_BT = tape.attention.get(self.site.layer - 1) if self.router.attends else None
-        return self.decide(RouterInputs(x_BTD, tokens, tuple(tape.earlier), self.site, attention_BT))
+        return self.decide(RouterInputs(x_BTD, tokens, tuple(tape.earlier), self.site, attention_BT, tape.words_BT))
 
     def decide(self, inputs: RouterInputs, again: Decision | None = None) -> Decision:
         """Decides about the tokens of ``inputs``.
@@ -112,7 +112,7 @@ class Gate:
 
     def _ask(self, x_BTD: Tensor, inputs: RouterInputs, standing: Standing) -> tuple[Tensor, Tensor | None]:
         if self.norm is not None:
-            inputs = RouterInputs(self.norm(x_BTD), inputs.tokens, inputs.records, inputs.site, inputs.attention_BT)
+            inputs = replace(inputs, x_BTD=self.norm(x_BTD))
         scores_BTE: Tensor = self.router(inputs)
         return scores_BTE, self.router.forecast(inputs, scores_BTE) if standing.foresees else None
 

@@ -20,12 +20,14 @@ class Inside:
         tokens: Facts about the tokens that entered; None where nobody announced any.
         earlier: What was decided before it.
         seen: Tokens that the model had read before, in a cache.
+        words_BT: Numbers in the vocabulary of the tokens that entered.
         decided: What each part decided when the layer ran first.
     """
 
     tokens: Tokens | None
-    earlier: tuple[RoutingRecord, ...]
-    seen: int
+    earlier: tuple[RoutingRecord, ...] = ()
+    seen: int = 0
+    words_BT: Tensor | None = None
     decided: dict[str, Decision] = field(default_factory=dict)
 
 
@@ -47,11 +49,13 @@ class DecidesInside(nn.Module):
     tape: RoutingTape
 
     def __call__(self, hidden_states: Tensor, *cut: Tensor | None, **kwargs: object) -> Tensor:
-        tokens = self.tape.tokens
-        if cut and tokens is not None:  # the layer is routed in depth too, by (index_BK, valid_BK, weight_BT)
-            index_BK, valid_BK, _ = cut
-            tokens = tokens if index_BK is None or valid_BK is None else tokens.at(index_BK, valid_BK)
-        inside = Inside(tokens, tuple(self.tape.earlier), self.tape.seen)
+        """``cut``: index_BK, valid_BK and weight_BT where only some tokens enter."""
+        tokens, words_BT = self.tape.tokens, self.tape.words_BT
+        index_BK, valid_BK, _ = cut or (None, None, None)
+        if tokens is not None and index_BK is not None and valid_BK is not None:  # the layer is routed in depth too
+            tokens = tokens.at(index_BK, valid_BK)
+            words_BT = None if words_BT is None else words_BT.gather(1, index_BK)
+        inside = Inside(tokens, tuple(self.tape.earlier), self.tape.seen, words_BT)
         output: Tensor = super().__call__(hidden_states, *cut, inside=inside, **kwargs)
         return output
 

@@ -64,7 +64,7 @@ class RoutedMLP(nn.Module):
         if inside is None or inside.tokens is None:
             self.gate.known()  # says what is missing
             raise RuntimeError(f"Layer {self.gate.site.layer} was called for another layer's tokens.")
-        inputs = RouterInputs(hidden_states, inside.tokens, inside.earlier, self.gate.site)
+        inputs = RouterInputs(hidden_states, inside.tokens, inside.earlier, self.gate.site, words_BT=inside.words_BT)
         answer = self.answered(inputs, self.decided(inputs, inside))
         answer = answer if self.scale == 1 else answer * self.scale
         if self.always is not None:
@@ -89,8 +89,8 @@ class RoutedMLP(nn.Module):
         rule = self.gate.selector.rule(inputs.tokens.phase)
         if inside.seen and not rule.causal and rule.candidates(inputs.tokens):
             raise ValueError(
-                f"Layer {self.gate.site.layer}: under {type(rule).__name__} experts choose among the tokens of one"
-                " forward, and earlier ones lie in the cache already.\nAllowed: to read such tokens in one prefill, a"
+                f"Layer {self.gate.site.layer}: under {type(rule).__name__} tokens compete within one forward,"
+                " and earlier ones lie in the cache already.\nAllowed: to read such tokens in one prefill, a"
                 " causal rule for this phase (SelectBy), or no cache.\nPass use_cache=False, or give decode:"
                 " TokenChoice."
             )

@@ -33,6 +33,7 @@ class RouterInputs:
         records: What earlier sites of this forward decided, first layer first.
         site: The place that is decided on.
         attention_BT: The attention that each token received in the layer before, for routers that declare the need.
+        words_BT: The tokens' numbers in the vocabulary; None where the model was not asked by them.
     """
 
     x_BTD: Tensor
@@ -40,6 +41,7 @@ class RouterInputs:
     records: Sequence[RoutingRecord]
     site: Site
     attention_BT: Tensor | None = None
+    words_BT: Tensor | None = None
 
 
 class Router(nn.Module, ABC):

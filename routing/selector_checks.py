@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from routing.choose import Exceeding, TokenChoice
+from routing.choose import Exceeding, ExpertSelector, TokenChoice
 from routing.follow import BalancedRouter, CutRouter
 from routing.router import Router
 from routing.select import Selector
@@ -12,7 +12,9 @@ from routing.tokens import Phase, TokenKind
 
 def check_both_routed(by: str, selector: Selector) -> None:
     """Raises ValueError unless the rule of training routes vision and text: a router for each needs both."""
-    routes = getattr(selector.rule("train"), "routes", tuple(TokenKind))
+    rule = selector.rule("train")
+    # Where experts choose among some kinds, tokens of all others choose for themselves.
+    routes = tuple(TokenKind) if isinstance(rule, ExpertSelector) else getattr(rule, "routes", tuple(TokenKind))
     if TokenKind.VISION not in routes or set(routes) <= {TokenKind.VISION}:
         raise ValueError(
             f"Plugin {by!r}: modalities: separate gives vision and text a router each, and in training it routes"
@@ -45,8 +47,7 @@ def check_followed(by: str, selector: Selector, router: Router) -> None:
     if isinstance(router, BalancedRouter) and not isinstance(rules[0], TokenChoice):
         raise ValueError(
             f"Plugin {by!r}: router: Balanced moves what tokens rank experts by, and {type(rules[0]).__name__} does not"
-            " read that.\nAllowed: where tokens choose experts, as by TokenChoice.\nGive another router; loads are"
-            " equal already where experts choose."
+            " read that.\nAllowed: with TokenChoice.\nGive another router, or that rule."
         )
     exceeding = [isinstance(rule, Exceeding) for rule in rules]
     if any(exceeding) != isinstance(router, CutRouter) or exceeding[0]:
@@ -56,6 +57,23 @@ def check_followed(by: str, selector: Selector, router: Router) -> None:
             " where experts choose.\nAllowed: both, Exceeding in prefill or decode alone; or neither.\nGive e.g."
             " router: Cuts and a SelectBy with train: ExpertsChoose, decode: Exceeding."
         )
+
+
+def check_kind(site: Site, selector: Selector, experts: int) -> None:
+    """Raises ValueError for a rule of depth where experts are chosen, for one of width where a layer is entered.
+
+    ``experts``: among which the rule decides; 1 for a layer.
+    """
+    phases: tuple[Phase, ...] = ("train", "prefill", "decode")
+    for rule in (selector.rule(phase) for phase in phases):
+        if isinstance(rule, ExpertSelector) != (experts > 1):
+            what, allowed = ("experts", "TokenChoice") if experts > 1 else ("tokens that enter a layer", "ExpertChoice")
+            raise ValueError(
+                f"Plugin {site.by!r}: selector: {type(rule).__name__} chooses no {what}, and the {site.part} of layer"
+                f" {site.layer} asks for that.\nAllowed: rules that do, in every phase.\nGive e.g. {allowed}."
+            )
+        if isinstance(rule, TokenChoice):
+            rule.check(experts)
 
 
 def check_attends(site: Site) -> None:

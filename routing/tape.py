@@ -108,6 +108,7 @@ class RoutingTape:
         prompt: Tokens of the prompt that is being answered, read or not, padding included; None if nobody knows.
         tokens: Facts of the forward that runs now, or None between forwards.
         seen: Tokens before it, in a cache.
+        words_BT: Their numbers in the vocabulary.
         dense: Whether no routed layer has anything to decide or to mask in the forward that runs now.
         earlier: Records of the forward that runs now, first layer first.
         attention: What tokens received of the attention of observed layers in the forward that runs now, (B, T) each.
@@ -120,6 +121,7 @@ class RoutingTape:
         self.prompt: int | None = None
         self.tokens: Tokens | None = None
         self.seen = 0
+        self.words_BT: Tensor | None = None
         self.dense = False
         self.earlier: list[RoutingRecord] = []
         self.attention: dict[int, Tensor] = {}
@@ -174,13 +176,14 @@ class RoutingTape:
         """Whether anybody collects records of all rows of a batch together."""
         return self._whole > 0
 
-    def begin(self, tokens: Tokens, *, dense: bool = False, seen: int = 0) -> None:
+    def begin(self, tokens: Tokens, *, dense: bool = False, seen: int = 0, words_BT: Tensor | None = None) -> None:
         """A forward starts."""
-        self.seen = seen
+        self.seen, self.words_BT = seen, words_BT
         self.tokens, self.dense, self.earlier, self.attention = tokens, dense, [], {}
 
     def end(self) -> None:
         """A forward is over: nothing of it, and no autograd graph, is kept here."""
+        self.words_BT = None
         self.tokens, self.dense, self.earlier, self.attention = None, False, [], {}
 
     def write(self, record: RoutingRecord) -> None:

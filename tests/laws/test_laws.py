@@ -223,7 +223,8 @@ def _run_without_data(plugins, tokens: Tokens) -> None:
         for module in model.modules():
             for held in (module._parameters, module._buffers):
                 held.update({name: mode.from_tensor(tensor) for name, tensor in held.items() if tensor is not None})
-        tape.begin(Tokens(*(mode.from_tensor(t) for t in tokens._tensors()), tokens.counts_B))
+        told = Tokens(*(mode.from_tensor(t) for t in tokens._tensors()), tokens.counts_B)
+        tape.begin(told, words_BT=told.kind_BT.long())
         x = torch.empty(*tokens.shape, 32, dtype=torch.bfloat16)
         angles = model.get_decoder().rotary_emb(x, position_ids=torch.arange(tokens.shape[1])[None])
         for layer in model.get_decoder().layers:

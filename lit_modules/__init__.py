@@ -8,6 +8,7 @@ from lit_modules.objectives import LanguageModelling, Objective, Step
 from lit_modules.optimization import Optimization
 from lit_modules.outcome_writer import OutcomeWriter
 from lit_modules.routed_vlm import RoutedVLM
+from lit_modules.routing_experts import RoutingExperts
 from lit_modules.routing_truth import RoutingTruth
 from lit_modules.tiny_llava import TinyLlava
 from routing.specs import to_spec
@@ -23,6 +24,7 @@ __all__ = [
     "OutcomeWriter",
     "Pretrained",
     "RoutedVLM",
+    "RoutingExperts",
     "RoutingMonitor",
     "RoutingTruth",
     "Step",

@@ -74,17 +74,22 @@ class ExpertCounts:
     @property
     def information(self) -> float:
         """Bits that the kind of a token tells of the expert that is chosen for it; NaN of no choices."""
-        if not self.choices:
-            return float("nan")
-        joint_KE = self.chosen_KE / self.choices
-        apart_KE = joint_KE.sum(1, keepdims=True) * joint_KE.sum(0, keepdims=True)
-        seen_KE = joint_KE > 0
-        return float((joint_KE[seen_KE] * np.log2(joint_KE[seen_KE] / apart_KE[seen_KE])).sum())
+        return information(self.chosen_KE)
 
     def share_E(self, kinds: Iterable[TokenKind] = KINDS) -> np.ndarray:
         """Share of the choices by tokens of these kinds that each expert got; NaN of none."""
         chosen_E = self.chosen_KE[[KINDS.index(kind) for kind in kinds]].sum(0)
         return chosen_E / chosen_E.sum() if chosen_E.any() else np.full(len(chosen_E), np.nan)
+
+
+def information(counts_KE: np.ndarray) -> float:
+    """Mutual information of the rows and columns of a table of counts, in bits; NaN of none."""
+    if not counts_KE.any():
+        return float("nan")
+    joint_KE = counts_KE / counts_KE.sum()
+    apart_KE = joint_KE.sum(1, keepdims=True) * joint_KE.sum(0, keepdims=True)
+    seen_KE = joint_KE > 0
+    return float((joint_KE[seen_KE] * np.log2(joint_KE[seen_KE] / apart_KE[seen_KE])).sum())
 
 
 def width_scalars(suffix: str, sites: Iterable[ExpertCounts]) -> dict[str, float]:

@@ -43,6 +43,8 @@ def page(
         yield from ["", "## Asked another way", "", *other_ways(found)]
     if truth.measured(done):
         yield from ["", "## Routing against truth", "", *truth.lines(done, study.endpoint.contrast[0])]
+    if truth.measured(done, truth.EXPERTS):
+        yield from ["", "## Experts", "", *truth.expert_lines(done)]
     if any(each.cost for each in found.lines):
         yield from ["", "## What it takes", "", *taken(study, found)]
     yield from ["", "## Each row again", "", *again(study, done)]

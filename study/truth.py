@@ -1,4 +1,4 @@
-"""What RoutingTruth wrote in the runs' folders, as tables: selections against the evidence that the data carry."""
+"""What RoutingTruth and RoutingExperts wrote in the runs' folders, as tables: what routers chose and what they know."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from study import markdown as md
 from study.grid import Run
 
 Measures = Mapping[str, float | None]  # of one layer, by name
+TRUTH, EXPERTS = "truth.json", "experts.json"
+LOADS = ("load_max", "entropy", "token_bits", "question_bits", "dropped", "untaken", "null")
 SHOWN = ("evidence_recall", "evidence_recall_by_chance", "evidence_auc", "position_share", "overlap", "ties")
 
 
-def layers_of(run: Run) -> dict[str, Measures]:
+def layers_of(run: Run, file: str = TRUTH) -> dict[str, Measures]:
     """The measures of each routed layer in the run's test; none where nobody took them."""
-    written = sorted((run.folder / "logs").glob("version_*/truth.json"))
+    written = sorted((run.folder / "logs").glob(f"version_*/{file}"))
     return json.loads(written[-1].read_text())["layers"] if written else {}
 
 
-def measured(runs: Sequence[Run]) -> dict[str, list[dict[str, Measures]]]:
+def measured(runs: Sequence[Run], file: str = TRUTH) -> dict[str, list[dict[str, Measures]]]:
     """By arm and level, the layers of each seed."""
     found: dict[str, list[dict[str, Measures]]] = {}
     for run in runs:
-        if layers := layers_of(run):
+        if layers := layers_of(run, file):
             found.setdefault(run.cell, []).append(layers)
     return found
 
@@ -46,6 +48,21 @@ def lines(runs: Sequence[Run], arm: str) -> Iterator[str]:
         yield from ["", f"`{arm}` by layer, {name.replace('_', ' ')}:", ""]
         rows = [(cell, *(md.score(mean(seeds, layer, name)) for layer in layers)) for cell, seeds in own.items()]
         yield from md.table(("", *layers), rows)
+
+
+def expert_lines(runs: Sequence[Run]) -> Iterator[str]:
+    """Every arm with experts, mean over its layers."""
+    yield (
+        "Largest load over the mean one (1: balanced); bits of the router's softmax per token (0: sure); bits that the"
+        " kind of a token, and of the question, tell of the expert that is chosen (0: nothing); shares of choices"
+        " turned away, of tokens that nobody took, of choices that went to null experts. Of prompts, means over layers"
+        " and seeds; in brackets the smallest and largest seed."
+    )
+    yield ""
+    found = measured(runs, EXPERTS)
+    shown = [name for name in LOADS if any(over(seeds, name) for seeds in found.values())]
+    rows = [(cell, *(over(seeds, name) for name in shown)) for cell, seeds in found.items()]
+    yield from md.table(("arm", *(name.replace("_", " ") for name in shown)), rows)
 
 
 def over(seeds: Sequence[Mapping[str, Measures]], name: str) -> str:

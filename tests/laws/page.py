@@ -18,9 +18,6 @@ Made by `python -m pytest tests/laws --report docs/laws.md` (torch {torch}, tran
 of eight layers with random weights). A law that a rule breaks by definition is excused by what the rule declares of
 itself, never by a name, and the gap is measured all the same.
 """
-TAIL = (
-    "Two more laws come with experts: a model upcycled to experts starts as the dense one; depth and width compose.\n"
-)
 
 
 def markdown(cells: Cells) -> str:
@@ -35,7 +32,6 @@ def markdown(cells: Cells) -> str:
         f"{count}.\n",
         "\n".join(f"[^{number}]: {excuse}." for number, excuse in enumerate(excuses, 1)) + "\n",
         "\n".join(f"- **{word}**: {sentence}" for word, sentence in LAWS.items()) + "\n",
-        TAIL,
     ]
     return "\n".join(parts)
 

@@ -12,6 +12,7 @@ from study.signs import lines, verdict
 from study.spec import Sign
 from study.statistics import Contrast
 from study.tables import Sheet
+from study.truth import expert_lines
 from study.truth import lines as truth_lines
 from tests.unit.study.fake import fake_study
 
@@ -81,6 +82,19 @@ def test_truth_is_averaged_over_layers_and_shown_with_the_range_of_seeds(study):
     )  # means of (0.5 + 0.1 s, 0.4) over s = 0..3
     assert "| p_mod/0.5 | 0.650 | 0.400 |" in text
     assert any(line.startswith("| random/0.5 | 0.400 [0.400, 0.400]") for line in text)
+
+
+def test_experts_are_averaged_over_layers_and_what_nobody_has_is_no_column(study):
+    made, folder = study
+    runs = [run for run in runs_of(made, folder) if run.cell == "p_mod/0.5"]
+    for run in runs:
+        written = run.folder / "logs/version_1/experts.json"
+        written.parent.mkdir(parents=True, exist_ok=True)
+        one = {"load_max": 1.0 + 0.1 * run.seed, "entropy": 2.0, "token_bits": 0.25, "question_bits": 0.0}
+        written.write_text(json.dumps({"layers": {"layer_00_mlp": one, "layer_02_mlp": {**one, "load_max": 1.0}}}))
+    text = list(expert_lines(runs))
+    assert "| arm | load max | entropy | token bits | question bits |" in text
+    assert any("| p_mod/0.5 | 1.075 [1.000, 1.150] | 2.000 [2.000, 2.000] | 0.250" in line for line in text)
 
 
 def test_without_rounds_flops_are_counted_and_nothing_is_timed(study):

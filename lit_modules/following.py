@@ -23,19 +23,17 @@ class Following:
     def __init__(self, routers: Mapping[Site, FollowingRouter]) -> None:
         self.routers = routers
         self._sums: dict[Site, Tensor] = {}
-        self._step = 0
 
-    def add(self, records: Iterable[RoutingRecord], step: int) -> None:
-        """Counts one batch of the step that follows ``step`` others; asks nothing of the device."""
-        self._step = step
+    def add(self, records: Iterable[RoutingRecord]) -> None:
+        """Counts one batch; asks nothing of the device."""
         for record in records if self.routers else ():
             if record.site in self.routers:
                 sums = self.routers[record.site].sums(record)
                 self._sums[record.site] = sums + self._sums.get(record.site, torch.zeros_like(sums))
 
-    def end(self, step: int, mean: Mean) -> None:
-        """``step`` steps were taken: if one more than before, every rank's routers get the sums of all ranks."""
-        if step == self._step or not self._sums:
+    def end(self, mean: Mean) -> None:
+        """A step was taken: every rank's routers get the sums of all ranks."""
+        if not self._sums:
             return
         flat = mean(torch.cat(list(self._sums.values())))
         for site, sums in zip(self._sums, flat.split([len(sums) for sums in self._sums.values()]), strict=True):

@@ -69,12 +69,14 @@ def freeze_all_but(model: nn.Module, names: Mapping[str, float]) -> None:
 
 
 def refuse_true_half(precision: str) -> None:
-    """Refuses precisions that turn the whole model, routers included, into half precision."""
-    if precision.endswith("-true") and not precision.startswith(("32", "64")):
+    """Refuses precisions that turn the whole model, routers included, into another one than float32."""
+    if precision.endswith("-true") and not precision.startswith("32"):
+        meant = {"64": "double-precise, and they are float32"}
+        said = meant.get(precision[:2], "half-precise: scores tie, small steps are lost")
         raise ValueError(
-            f"`trainer.precision: {precision}` would make routers and trained weights half-precise: scores tie, small"
-            " steps are lost.\nAllowed: 32-true, 64-true, bf16-mixed, 16-mixed.\nUse bf16-mixed, which keeps"
-            " float32 weights; frozen parts may have `dtype: bfloat16` in the backbone."
+            f"`trainer.precision: {precision}` would make routers and trained weights {said}.\nAllowed: 32-true,"
+            " bf16-mixed, 16-mixed.\nUse bf16-mixed, which keeps float32 weights; frozen parts may have"
+            " `dtype: bfloat16` in the backbone."
         )
 
 

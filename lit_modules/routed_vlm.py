@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning import LightningDataModule, LightningModule
@@ -119,9 +119,8 @@ class RoutedVLM(LightningModule):
     def setup(self, stage: str) -> None:
         leave_at_exit()
         parts.refuse_true_half(str(self.trainer.precision))
-        data = self._data
+        data, asked_under = self._data, self.generation.interventions
         kinds = getattr(data, "kinds", tuple(data.majority))
-        asked_under = self.generation.interventions
         self.evaluation = Evaluation(data.majority, getattr(data, "groups", {}), kinds, asked_under)
 
     @property
@@ -145,6 +144,7 @@ class RoutedVLM(LightningModule):
 
     def on_train_start(self) -> None:
         self.start.say()
+        self.auxiliary, self.following = Auxiliary(), Following(self.following.routers)  # a fit may have broken off
         if len(self.rng_by_rank) == self.trainer.world_size:
             rng.restore(self.rng_by_rank[self.global_rank])
         self.rng_by_rank = []
@@ -156,7 +156,7 @@ class RoutedVLM(LightningModule):
         losses = self.objective(step)
         self.log_dict({f"loss/{n}": v.detach() / step.per_token / supervised for n, v in losses.items()}, prog_bar=True)
         auxiliary = self.auxiliary(self.plugins, step.records, self.global_step, self._mean)
-        self.following.add(step.records, self.global_step)
+        self.following.add(step.records)
         self.log_dict({f"loss/{name}": loss.detach() for name, loss in auxiliary.items()})
         # Lightning divides by the configured number of batches even where an epoch's last window is shorter.
         share = self.trainer.accumulate_grad_batches / number(batch, "batches_in_window")
@@ -195,8 +195,9 @@ class RoutedVLM(LightningModule):
     def _mean(self, sums: Tensor) -> Tensor:
         return sums if self.trainer.world_size == 1 else self.trainer.strategy.reduce(sums, reduce_op="mean")
 
-    def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
-        self.following.end(self.global_step, self._mean)
+    def optimizer_step(self, *step: Any) -> None:
+        super().optimizer_step(*step)
+        self.following.end(self._mean)  # here, because callbacks that save come before the module's own hooks
 
     # Evaluation
 
@@ -268,8 +269,7 @@ class RoutedVLM(LightningModule):
 
     @rank_zero_only
     def _print_report(self) -> None:
-        summary = self._data.summary()
-        print(f"\n{report.data_table(summary)}")
+        print(f"\n{report.data_table(self._data.summary())}")
         if self.scores:
             print(f"\n{report.evaluation_table(self.scores)}")
 

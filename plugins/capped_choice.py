@@ -61,6 +61,10 @@ class CappedChoice(ExpertSelector):
     def causal(self) -> bool:  # type: ignore[override]
         return self.eval_capacity_factor is None
 
+    @property
+    def divides(self) -> bool:  # type: ignore[override]
+        return self.k > 1
+
     def answers(self, entering: Sequence[int], tokens: Tokens, experts: int) -> tuple[int, ...]:
         return tuple(self.k * n for n in entering)
 

@@ -46,7 +46,7 @@ class HashRouter(Router):
             )
         place_BT = (tokens.tile_BT.long() * 4096 + tokens.row_BT.long()) * 4096 + tokens.column_BT.long()
         key_BT = torch.where(tokens.kind_BT == TokenKind.VISION, ~place_BT, words_BT)
-        key_BT = mixed(key_BT + (self.seed * 512 + inputs.site.layer) * PRIME)
+        key_BT = mixed(key_BT + ((self.seed * 512 + inputs.site.layer) * PRIME & MASK))
         first_BT = key_BT % self.experts
         second_BT = (first_BT + 1 + mixed(key_BT) % (self.experts - 1)) % self.experts
         lot_BT2 = torch.stack([first_BT, second_BT], dim=-1)
@@ -83,7 +83,8 @@ class HashExperts(RoutingPlugin):
     """The control that knows what a token is, and nothing of what it means here: two experts by lot, weighed alike.
 
     A word has the same experts wherever it stands, a patch those of its place in the picture. What learned routers are
-    worth beyond more parameters is their distance to this.
+    worth beyond more parameters is their distance to this. Without ``tape.about``, which ``lit``'s commands use, nobody
+    tells a patch's place, and all patches have the same experts.
 
     Args:
         placement: Routed layers.

@@ -24,10 +24,11 @@ class ExpertSelector(Selector):
     """Decides in two steps: ``chosen`` who goes where, without gradients, and ``weighed`` what the answers count.
 
     A decision inside a layer that activation checkpointing replays is weighed anew, and never chosen anew. ``drops``:
-    whether a real token may go to no expert at all.
+    whether a real token may go to no expert at all; ``divides``: whether a token's weights are divided by their sum.
     """
 
     drops: bool = False
+    divides: bool = False
 
     @abstractmethod
     def chosen(self, ranks_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens) -> Decision:
@@ -46,6 +47,9 @@ class ExpertSelector(Selector):
             tokens: All tokens of the rows.
             experts: Among which the rule decides.
         """
+
+    def check(self, experts: int) -> None:
+        """Raises ValueError if there are too few experts."""
 
     def __call__(self, scores_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens, capacity: float) -> Decision:
         with torch.no_grad():
@@ -85,6 +89,10 @@ class TokenChoice(ExpertSelector):
                 " renormalise: false."
             )
 
+    @property
+    def divides(self) -> bool:  # type: ignore[override]
+        return self.renormalise
+
     def answers(self, entering: Sequence[int], tokens: Tokens, experts: int) -> tuple[int, ...]:
         return tuple(self.k * n for n in entering)
 
@@ -94,7 +102,6 @@ class TokenChoice(ExpertSelector):
         return TokenChoices(expert_BTK, weights_BTE, valid_BTK)
 
     def check(self, experts: int) -> None:
-        """Raises ValueError if there are too few experts."""
         if self.k > experts:
             raise ValueError(
                 f"{type(self).__name__}(k={self.k}): there are only {experts} experts to choose from.\nAllowed: k up to"
@@ -136,12 +143,16 @@ class ExpertsChoose(ExpertSelector):
     drops = True
 
     def __post_init__(self) -> None:
-        if not self.routes or TokenKind.PAD in self.routes or not self.c > 0:
+        if not self.routes or TokenKind.PAD in self.routes or not 0 < self.c < float("inf"):
             raise ValueError(
                 f"{type(self).__name__}(routes={[kind.name for kind in self.routes]}, c={self.c}).\nAllowed: at least"
-                " one of SYSTEM, QUESTION, ANSWER, VISION, and a number of experts a token above 0.\nGive e.g. routes:"
-                " [VISION], c: 2."
+                " one of SYSTEM, QUESTION, ANSWER, VISION, and a finite number of experts a token above 0.\nGive e.g."
+                " routes: [VISION], c: 2."
             )
+
+    @property
+    def divides(self) -> bool:  # type: ignore[override]
+        return self.others.divides
 
     def candidates(self, tokens: Tokens) -> bool:
         return any(kind in self.routes for kind in tokens.kinds)
@@ -157,6 +168,9 @@ class ExpertsChoose(ExpertSelector):
         taken = [experts * self.room(candidates, experts) for candidates in candidates_B]
         own = [n - candidates for n, candidates in zip(entering, candidates_B, strict=True)]
         return tuple(a + b for a, b in zip(taken, self.others.answers(own, tokens, experts), strict=True))
+
+    def check(self, experts: int) -> None:
+        self.others.check(experts)
 
     def room(self, candidates: int, experts: int) -> int:
         """C for a row of so many candidates."""

@@ -26,7 +26,14 @@ from routing.routed_mlp import upcycled
 from routing.router import Router, RouterSpec
 from routing.routers import Routers, Sharing
 from routing.select import Selector
-from routing.selector_checks import check_attends, check_both_routed, check_followed, check_forecast, check_kind
+from routing.selector_checks import (
+    check_attends,
+    check_both_routed,
+    check_divided,
+    check_followed,
+    check_forecast,
+    check_kind,
+)
 from routing.tape import Part, RoutingTape, Site
 from routing.upcycling import Upcycling
 from routing.weighting import Weighting
@@ -139,9 +146,8 @@ class Decoder:
 
         ``residual``: a router of two scores, experts and the dense network, which stays as a branch of its own.
         """
-        FeedForward.of(
-            self.mlp(self.layers[site.layer]), site
-        )  # what cannot be carried out is refused before anything is
+        mlp = self.mlp(self.layers[site.layer])
+        FeedForward.of(mlp, site).check_like(mlp, site)  # what cannot be carried out is refused before anything is
 
         def wrap(mlp: nn.Module, _: Site) -> nn.Module:
             running, config = deciding_inside(self.layers[site.layer], self.tape), self.model.config.get_text_config()
@@ -177,6 +183,7 @@ class Decoder:
         check_kind(site, selector, experts)
         check_forecast(site.by, selector, built)
         check_followed(site.by, selector, built)
+        check_divided(site.by, selector, weighting)
         if built.attends:
             check_attends(site)
             self._observe(site, built.attends)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from routing.tape import Site
 
@@ -62,6 +63,8 @@ class FeedForward:
             if own != set(names) or not callable(act):
                 continue
             *ups, down = linears
+            if not all(_is_plain(linear) for linear in linears if linear is not None):
+                break
             biases = {linear.bias is not None for linear in linears if linear is not None}
             if len(biases) == 2:
                 break
@@ -71,10 +74,46 @@ class FeedForward:
                 return cls(up, down.weight.detach(), None, None, names not in PLAIN, act)
             up_bias = torch.cat([linear.bias for linear in ups if linear is not None]).detach()
             return cls(up, down.weight.detach(), up_bias, down.bias.detach(), names not in PLAIN, act)
+        raise ValueError(cls._unknown(module, site, "is not known as"))
+
+    def check_like(self, module: nn.Module, site: Site) -> None:
+        """Raises ValueError where the live module, that of a site, makes something else of a few numbers than this.
+
+        So are found norms, scales and sparse activations between the maps, which no name tells of.
+        """
+        if self.up.device.type == "meta":
+            return
+        training = module.training
+        numbers_ND = torch.arange(4 * self.up.shape[1], device=self.up.device).view(4, -1)
+        x_ND = (numbers_ND * numbers_ND).to(torch.float32).cos().to(self.up.dtype)
+        with torch.no_grad():
+            want_ND: Tensor = module.eval()(x_ND)  # no dropout
+            got_ND = self(x_ND)
+        module.train(training)
+        apart = (got_ND.float() - want_ND.float()).norm()
+        if apart > 0.05 * want_ND.float().norm():  # rounding in bf16 is a tenth of that
+            raise ValueError(self._unknown(module, site, "answers otherwise than"))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What it makes of rows of width D."""
+        h = F.linear(x, self.up, self.up_bias)
+        gate, up = h.chunk(2, dim=-1) if self.gated else (h, None)
+        h = self.act(gate) if up is None else self.act(gate) * up
+        return F.linear(h, self.down, self.down_bias)
+
+    @staticmethod
+    def _unknown(module: nn.Module, site: Site, what: str) -> str:
         children = ", ".join(f"{name}: {type(child).__name__}" for name, child in module.named_children())
-        raise ValueError(
-            f"Plugin {site.by!r}: in layer {site.layer} stands a {type(module).__name__} of ({children}), which is not"
-            " known as a feed-forward network that experts could be copied from.\nAllowed: linear maps named"
-            f" {', '.join('/'.join(names) for names in (*GATED, *FUSED, *PLAIN))}, all with biases or none.\nAdd its"
-            " names to routing/feed_forward.py, or route other layers."
+        return (
+            f"Plugin {site.by!r}: in layer {site.layer} stands a {type(module).__name__} of ({children}), which {what}"
+            " a feed-forward network that experts could be copied from.\nAllowed: linear maps named"
+            f" {', '.join('/'.join(names) for names in (*GATED, *FUSED, *PLAIN))}, all with biases or none, of numbers"
+            " that are not quantised, and an activation alone between them.\nAdd its names to"
+            " routing/feed_forward.py, or route other layers."
         )
+
+
+def _is_plain(linear: nn.Linear) -> bool:
+    """Whether its weight is the matrix that it multiplies by, and not a packed form of it."""
+    weight = linear.weight
+    return weight.is_floating_point() and weight.shape == (linear.out_features, linear.in_features)

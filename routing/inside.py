@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from routing.decision import Decision
@@ -21,6 +22,7 @@ class Inside:
         earlier: What was decided before it.
         seen: Tokens that the model had read before, in a cache.
         words_BT: Numbers in the vocabulary of the tokens that entered.
+        graded: Whether the layer was called with gradients, which reentrant checkpointing takes from its first run.
         decided: What each part decided when the layer ran first.
     """
 
@@ -28,6 +30,7 @@ class Inside:
     earlier: tuple[RoutingRecord, ...] = ()
     seen: int = 0
     words_BT: Tensor | None = None
+    graded: bool = False
     decided: dict[str, Decision] = field(default_factory=dict)
 
 
@@ -55,7 +58,7 @@ class DecidesInside(nn.Module):
         if tokens is not None and index_BK is not None and valid_BK is not None:  # the layer is routed in depth too
             tokens = tokens.at(index_BK, valid_BK)
             words_BT = None if words_BT is None else words_BT.gather(1, index_BK)
-        inside = Inside(tokens, tuple(self.tape.earlier), self.tape.seen, words_BT)
+        inside = Inside(tokens, tuple(self.tape.earlier), self.tape.seen, words_BT, torch.is_grad_enabled())
         output: Tensor = super().__call__(hidden_states, *cut, inside=inside, **kwargs)
         return output
 

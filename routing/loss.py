@@ -6,7 +6,9 @@ Shape suffixes: B batch, T tokens, E experts; N counts the real tokens of the ba
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
+from math import isfinite
 from typing import Literal
 
 import torch
@@ -29,6 +31,16 @@ class AuxLoss(ABC):
     @abstractmethod
     def __call__(self, record: RoutingRecord) -> Tensor:
         """Unweighted scalar of one site, float32; padding never counts."""
+
+
+def check_weights(by: str, losses: Iterable[AuxLoss]) -> None:
+    """Raises ValueError for a weight that would make the objective no number; ``by`` names the plugin."""
+    for loss in losses:
+        if not isfinite(loss.weight):
+            raise ValueError(
+                f"Plugin {by!r}: {type(loss).__name__}(weight={loss.weight}).\nAllowed: finite numbers.\nGive e.g."
+                " weight: 0.01, or leave the loss out."
+            )
 
 
 class BatchLoss(AuxLoss):

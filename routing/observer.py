@@ -11,6 +11,7 @@ from transformers import Cache, PreTrainedModel
 from routing.cache import RoutedKV
 from routing.layer import RoutedLayer, continues_densely
 from routing.layer_cache import read_by
+from routing.routed_mlp import RoutedMLP
 from routing.tape import RoutingTape
 from routing.tokens import NOWHERE, Phase, TokenKind, Tokens
 
@@ -25,7 +26,9 @@ class TokenObserver:
 
     def __init__(self, tape: RoutingTape, layers: Iterable[nn.Module]) -> None:
         self.tape = tape
+        layers = list(layers)
         self.routed = [layer for layer in layers if isinstance(layer, RoutedLayer)]
+        self.experts = [part for layer in layers for part in layer.modules() if isinstance(part, RoutedMLP)]
         self._step: tuple[object, Tokens] | None = None
 
     def before(self, model: PreTrainedModel, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> None:
@@ -79,11 +82,11 @@ class TokenObserver:
 
     def _refuse_unknown(self, tokens: Tokens) -> None:
         """Raises ValueError where it matters whether these tokens are of the prompt, and nobody said so."""
-        for layer in self.routed:
-            first, then = (layer.gate.selector.rule(phase) for phase in ("prefill", "decode"))
+        for gate in [*(layer.gate for layer in self.routed), *(part.gate for part in self.experts)]:
+            first, then = (gate.selector.rule(phase) for phase in ("prefill", "decode"))
             if first != then and (first.candidates(tokens) or then.candidates(tokens)):
                 raise ValueError(
-                    f"{tokens.shape[1]} tokens follow a cache: layer {layer.gate.site.layer} would decide on them by"
+                    f"{tokens.shape[1]} tokens follow a cache: layer {gate.site.layer} would decide on them by"
                     f" {type(first).__name__} if they were asked, by {type(then).__name__} if they were generated.\n"
                     "Allowed: to say which. generate() knows; a forward is told by `with tape.about(tokens):`, facts of"
                     " the whole prompt.\nDo so, or give one rule for both phases."

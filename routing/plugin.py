@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from routing.applied import Routing
 from routing.decoder import Decoder
 from routing.forecast import check_taught
-from routing.loss import AuxLoss
+from routing.loss import AuxLoss, check_weights
 from routing.model import route_model
 from routing.observer import TokenObserver
 from routing.plugin_files import file_of
@@ -130,6 +130,7 @@ def attach(model: PreTrainedModel, plugins: Mapping[str, RoutingPlugin]) -> Rout
     decoder = Decoder(model, tape)
     try:
         for name, plugin in enabled.items():
+            check_weights(name, plugin.losses)
             with decoder.claiming(name):
                 plugin.apply(decoder)
             check_taught(name, plugin.losses, [gate for gate in decoder.gates if gate.site.by == name])

@@ -64,6 +64,8 @@ class RoutedMLP(nn.Module):
         if inside is None or inside.tokens is None:
             self.gate.known()  # says what is missing
             raise RuntimeError(f"Layer {self.gate.site.layer} was called for another layer's tokens.")
+        if inside.graded and not torch.is_grad_enabled():
+            self._refuse_ungraded()
         inputs = RouterInputs(hidden_states, inside.tokens, inside.earlier, self.gate.site, words_BT=inside.words_BT)
         answer = self.answered(inputs, self.decided(inputs, inside))
         answer = answer if self.scale == 1 else answer * self.scale
@@ -76,6 +78,14 @@ class RoutedMLP(nn.Module):
         share_BT2: Tensor = router(inputs).softmax(-1).to(answer.dtype)
         dense: Tensor = self.dense(hidden_states)
         return share_BT2[..., :1] * answer + share_BT2[..., 1:] * dense
+
+    def _refuse_ungraded(self) -> None:
+        """Raises RuntimeError if records would lack the graph that balance losses learn by."""
+        if any(parameter.requires_grad for parameter in self.gate.router.parameters()):
+            raise RuntimeError(
+                f"The experts of layer {self.gate.site.layer} run without gradients though their router needs them:"
+                " reentrant activation checkpointing, or no_grad around a part of the model. Use use_reentrant=False."
+            )
 
     def fed(self, entering: Sequence[int], tokens: Tokens) -> list[int]:
         """Tokens of each row times the hidden width of all that they go through, at most; known on the host."""

@@ -60,7 +60,7 @@ class Router(nn.Module, ABC):
 
         def moved(tensor: Tensor) -> Tensor:
             made = fn(tensor)
-            is_cast = tensor.dtype is torch.float32 and made.dtype in (torch.float16, torch.bfloat16)
+            is_cast = tensor.dtype is torch.float32 and made.dtype in (torch.float16, torch.bfloat16, torch.float64)
             return tensor.to(made.device) if is_cast else made
 
         return cast(Self, super()._apply(moved, recurse))  # type: ignore[no-untyped-call]

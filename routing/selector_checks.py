@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from routing.choose import Exceeding, ExpertSelector, TokenChoice
-from routing.follow import BalancedRouter, CutRouter
+from routing.follow import BalancedRouter, CutRouter, FollowingRouter
 from routing.router import Router
 from routing.select import Selector
 from routing.tape import Site
 from routing.tokens import Phase, TokenKind
+from routing.weighting import Weighting
 
 
 def check_both_routed(by: str, selector: Selector) -> None:
@@ -44,6 +45,12 @@ def check_followed(by: str, selector: Selector, router: Router) -> None:
     """Raises ValueError if what a router follows would reach no rule, or a rule would follow nothing."""
     phases: tuple[Phase, ...] = ("train", "prefill", "decode")
     rules = [selector.rule(phase) for phase in phases]
+    if any(isinstance(part, FollowingRouter) for part in router.modules() if part is not router):
+        raise ValueError(
+            f"Plugin {by!r}: a {type(router).__name__} has a router within that follows what is decided, and nobody"
+            " would tell it, or read what it found.\nAllowed: Balanced and Cuts outermost, about any other router.\n"
+            "Give e.g. router: {class_path: Balanced, init_args: {router: ModalityRouter}}."
+        )
     if isinstance(router, BalancedRouter) and not isinstance(rules[0], TokenChoice):
         raise ValueError(
             f"Plugin {by!r}: router: Balanced moves what tokens rank experts by, and {type(rules[0]).__name__} does not"
@@ -59,6 +66,18 @@ def check_followed(by: str, selector: Selector, router: Router) -> None:
         )
 
 
+def check_divided(by: str, selector: Selector, weighting: Weighting) -> None:
+    """Raises ValueError where a sum of positive and negative weights would be divided by, which may be about 0."""
+    phases: tuple[Phase, ...] = ("train", "prefill", "decode")
+    for rule in (selector.rule(phase) for phase in phases):
+        if weighting.signed and isinstance(rule, ExpertSelector) and rule.divides:
+            raise ValueError(
+                f"Plugin {by!r}: weighting: {type(weighting).__name__} gives weights of any sign, and"
+                f" {type(rule).__name__} divides those of a token by their sum, which may be 0.\nAllowed: weights above"
+                " 0, such as Softmax's, or weights as they are (renormalise: false).\nGive one of these."
+            )
+
+
 def check_kind(site: Site, selector: Selector, experts: int) -> None:
     """Raises ValueError for a rule of depth where experts are chosen, for one of width where a layer is entered.
 
@@ -72,7 +91,7 @@ def check_kind(site: Site, selector: Selector, experts: int) -> None:
                 f"Plugin {site.by!r}: selector: {type(rule).__name__} chooses no {what}, and the {site.part} of layer"
                 f" {site.layer} asks for that.\nAllowed: rules that do, in every phase.\nGive e.g. {allowed}."
             )
-        if isinstance(rule, TokenChoice):
+        if isinstance(rule, ExpertSelector):
             rule.check(experts)
 
 

@@ -10,7 +10,12 @@ from torch import Tensor
 
 
 class Weighting(ABC):
-    """Scores -> weights, position by position or over the experts; float32 in, float32 out, both (B, T, E)."""
+    """Scores -> weights, position by position or over the experts; float32 in, float32 out, both (B, T, E).
+
+    ``signed``: whether weights may be negative, so that their sum is no scale to divide by.
+    """
+
+    signed: bool = False
 
     @abstractmethod
     def __call__(self, scores_BTE: Tensor) -> Tensor: ...
@@ -43,6 +48,8 @@ class Softmax(Weighting):
 @dataclass(frozen=True)
 class Unbounded(Weighting):
     """1 + score, of any size and sign: p-MoD's code without an activation (``mod_weight_norm`` none)."""
+
+    signed = True
 
     def __call__(self, scores_BTE: Tensor) -> Tensor:
         return scores_BTE + 1.0

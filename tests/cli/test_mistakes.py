@@ -52,7 +52,8 @@ AT_BUILDING = {
     f"{LAYERS}=[3,3]": ("layer 3 is listed twice", "each layer once", "list each"),
     f"{LAYERS}=[3,-5]": ("layer 3 is listed twice", "(3, -5)", "list each"),
     f"{DEPTH}2.class_path=ProgressiveDepths": ("'depth2'", "disjoint placements", "enabled: false"),
-    "--trainer.precision=bf16-true": ("bf16-true", "32-true, 64-true, bf16-mixed", "Use bf16-mixed"),
+    "--trainer.precision=bf16-true": ("bf16-true", "32-true, bf16-mixed", "Use bf16-mixed"),
+    "--trainer.precision=64-true": ("64-true", "32-true, bf16-mixed", "double-precise"),
 }
 
 GAMMA = (

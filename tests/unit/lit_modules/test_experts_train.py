@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_modules import RoutedVLM, TinyLlava
 from lit_modules.auxiliary import Auxiliary
 from lit_modules.backbones import Pretrained
+from plugins.capped_choice import CappedChoice
 from plugins.expert_choice_experts import ExpertChoiceExperts
 from plugins.mixture_of_experts import MixtureOfExperts
 from plugins.progressive_depths import ProgressiveDepths
@@ -20,8 +22,11 @@ from routing import (
     ExpertsChoose,
     LinearRouter,
     LoadBalance,
+    ModalityRouter,
     SelectBy,
+    TokenChoice,
     TokenKind,
+    Unbounded,
     ZLoss,
     attach,
     load_E,
@@ -105,6 +110,51 @@ def test_a_bias_falls_for_experts_with_more_than_the_mean_once_a_step():
     assert torch.allclose(router.level_LE[0] - before_E, torch.tensor([-0.1, 0.1, 0.0, 0.0]))
 
 
+def test_a_checkpoint_holds_the_bias_after_its_step_and_a_resumed_run_ends_with_the_same(tmp_path):
+    def fit(start=None):
+        torch.manual_seed(0)
+        plugins = {"moe": MixtureOfExperts(router=Balanced(SPREAD, rate=0.1))}
+        module = RoutedVLM(TINY, plugins, parts={"language_model": 1e-3, "routers": 1e-3})
+        saving = ModelCheckpoint(tmp_path / str(start is None), "{step}", every_n_train_steps=1, save_top_k=-1)
+        trainer = Trainer(max_steps=3, limit_val_batches=0, callbacks=[saving], **QUIET)
+        trainer.fit(module, StubData(batches=1), ckpt_path=start)
+        return module.model.routers["moe"]["0_mlp"].level_LE
+
+    whole_LE, place = fit(), "model.routers.moe.0_mlp.level_LE"
+    after = [torch.load(tmp_path / f"True/step={n}.ckpt")["state_dict"][place] for n in (1, 2, 3)]
+    assert after[0].any() and not torch.equal(after[0], after[1]) and not torch.equal(after[1], after[2])
+    assert torch.equal(after[2], whole_LE)
+    assert torch.equal(fit(tmp_path / "True/step=2.ckpt"), whole_LE)
+
+
+def test_a_fit_forgets_what_one_that_broke_off_had_counted():
+    class Broken(StubData):
+        def train_dataloader(self):
+            yield from list(super().train_dataloader())[:2]  # the second is fetched ahead
+            raise KeyError("no more")
+
+    def fit(module, data):
+        Trainer(max_steps=2, limit_val_batches=0, accumulate_grad_batches=2, enable_checkpointing=False, **QUIET).fit(
+            module, data
+        )
+
+    levels = []
+    for broken in (False, True):
+        torch.manual_seed(0)
+        module = RoutedVLM(
+            TINY,
+            {"moe": MixtureOfExperts(router=Balanced(SPREAD, rate=0.1))},
+            parts={"routers": 0.0, "experts": 0.0, "projector": 1e-3},
+        )
+        if broken:
+            with pytest.raises(KeyError, match="no more"):
+                fit(module, Broken(accumulate=2))
+            assert module.following._sums and module.auxiliary._window
+        fit(module, StubData(accumulate=2))
+        levels.append(module.model.routers["moe"]["0_mlp"].level_LE)
+    assert torch.equal(*levels) and levels[0].any()
+
+
 def test_a_bias_moves_choices_and_no_weight():
     records = []
     for bias in (0.0, 10.0):
@@ -129,9 +179,16 @@ def test_a_bias_moves_choices_and_no_weight():
     [
         (ExpertChoiceExperts(router=Balanced()), "ExpertsChoose does not read that"),
         (ProgressiveDepths(router=Balanced()), "one score a token"),
+        (MixtureOfExperts(router=Balanced(Balanced())), "Balanced and Cuts outermost"),
+        (MixtureOfExperts(router=ModalityRouter(Balanced(), Balanced())), "Balanced and Cuts outermost"),
+        (ExpertChoiceExperts(selector=ExpertsChoose(others=TokenChoice(9))), "only 4 experts"),
+        (MixtureOfExperts(losses=LoadBalance(float("nan"))), "Allowed: finite numbers"),
+        (MixtureOfExperts(weighting=Unbounded()), "weights of any sign, and TokenChoice divides"),
+        (ExpertChoiceExperts(weighting=Unbounded()), "weights of any sign, and ExpertsChoose divides"),
+        (MixtureOfExperts(weighting=Unbounded(), selector=CappedChoice()), "and CappedChoice divides"),
     ],
 )
-def test_a_bias_that_nothing_would_read_is_refused(plugin, said):
+def test_what_nothing_would_read_or_no_objective_bear_is_refused(plugin, said):
     with pytest.raises(ValueError, match=said):
         attach(tiny_llava(), {"own": plugin})
 

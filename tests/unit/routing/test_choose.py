@@ -62,7 +62,7 @@ def test_what_cannot_be_is_refused_with_what_to_do():
         TokenChoice(0)
     with pytest.raises(ValueError, match="only 4 experts"):
         TokenChoice(5)(*scored(MIXED), 1.0)
-    for wrong in ({"routes": ()}, {"routes": (P,)}, {"c": 0.0}, {"c": float("nan")}):
+    for wrong in ({"routes": ()}, {"routes": (P,)}, {"c": 0.0}, {"c": float("nan")}, {"c": float("inf")}):
         with pytest.raises(ValueError, match="Allowed"):
             ExpertsChoose(**wrong)
 

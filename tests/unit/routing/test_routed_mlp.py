@@ -407,3 +407,41 @@ def test_a_prompt_in_chunks_is_answered_as_one_that_was_read_at_once_where_token
         ids = torch.tensor([row(0, 12)])
         whole, chunks = (model.eval().generate(ids, **GREEDY, **how) for how in ({}, {"prefill_chunk_size": 5}))
         assert torch.equal(whole, chunks)
+
+
+def test_reentrant_checkpointing_is_refused_because_records_would_lack_their_graph():
+    model = tiny_llava(layers=4)
+    tape = attach(model, {"moe": MixtureOfExperts()})
+    model.train().gradient_checkpointing_enable({"use_reentrant": True})
+    batch = padded([row(1, 6)])
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        model(**batch, use_cache=False)
+    assert tape.tokens is None
+    model.routers.requires_grad_(False)
+    assert model(**batch, use_cache=False).loss.isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_model_that_is_cast_keeps_its_routers_and_trains(dtype):
+    model = tiny_llava(layers=4)
+    attach(model, {"depth": ProgressiveDepths(), "moe": MixtureOfExperts(residual=True)})
+    batch = padded([row(1, 6)])
+    batch["pixel_values"] = batch["pixel_values"].to(dtype)
+    model.to(dtype).train()(**batch, use_cache=False).loss.backward()
+    assert {parameter.dtype for parameter in model.routers.parameters()} == {torch.float32}
+    assert all(p.grad.dtype == p.dtype and p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_tokens_behind_a_cache_that_nobody_spoke_of_are_refused_where_experts_choose_otherwise_in_steps():
+    model = tiny_llava(layers=4).eval()
+    first, then = TokenChoice(2), TokenChoice(1, renormalise=False)
+    tape = attach(model, {"moe": MixtureOfExperts(selector=SelectBy(train=first, prefill=first, decode=then))})
+    words = torch.tensor([row(0, 9)])
+    with torch.no_grad():
+        cache = model(input_ids=words[:, :6], use_cache=True).past_key_values
+        with pytest.raises(ValueError, match=r"3 tokens follow a cache: layer 0 .* TokenChoice"):
+            model(input_ids=words[:, 6:9], past_key_values=cache)
+        told = Tokens.of(torch.full_like(words, TokenKind.QUESTION))
+        with tape.about(told), tape.recording() as records:
+            model(input_ids=words[:, 6:9], past_key_values=cache)
+    assert [record.decision.expert_BTK.shape[2] for record in records] == [2, 2]

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, Phi3Config, PhiConfig
+from transformers import Gemma3nTextConfig, LlamaConfig, Phi3Config, PhiConfig
+from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextMLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.phi.modeling_phi import PhiMLP
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
@@ -66,6 +67,24 @@ def test_what_cannot_be_copied_is_refused_by_name(broken):
     else:
         network.up_proj = nn.Linear(16, 24, bias=True)
     with pytest.raises(ValueError, match=r"(?s)Plugin 'moe': in layer 3.*Allowed.*all with biases or none"):
+        FeedForward.of(network, SITE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_network_that_does_more_than_its_maps_say_is_refused(network, dtype):
+    network.to(dtype).train()
+    FeedForward.of(network, SITE).check_like(network, SITE)
+    assert network.training
+    sparse = {"hidden_size": 16, "intermediate_size": [24] * 2, "num_hidden_layers": 2}
+    unlike = Gemma3nTextMLP(Gemma3nTextConfig(**sparse, activation_sparsity_pattern=[0.95, 0.0]), 0).to(dtype)
+    with pytest.raises(ValueError, match=r"Gemma3nTextMLP .* answers otherwise than"):
+        FeedForward.of(unlike, SITE).check_like(unlike, SITE)
+
+
+def test_packed_weights_are_refused(network):
+    packed = next(child for child in network.children() if isinstance(child, nn.Linear))
+    packed.weight = nn.Parameter(torch.zeros(packed.weight.numel() // 2, 1, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match="quantised"):
         FeedForward.of(network, SITE)
 
 

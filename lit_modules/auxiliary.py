@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from routing import AuxLoss, BatchLoss, RoutingPlugin, RoutingRecord, Site
 
 Mean = Callable[[Tensor], Tensor]  # over ranks
+K = TypeVar("K")
 
 
 class Auxiliary:
@@ -38,7 +40,7 @@ class Auxiliary:
             if plugin.enabled
             for number, loss in enumerate(plugin.losses)
         ]
-        batch = _averaged(
+        batch = averaged(
             {
                 (name, number, record.site): loss.sums(record)
                 for name, number, loss, own in asked
@@ -69,7 +71,7 @@ class Auxiliary:
         return loss(record)
 
 
-def _averaged(sums: Mapping[tuple[str, int, Site], Tensor], mean: Mean) -> dict[tuple[str, int, Site], Tensor]:
+def averaged(sums: Mapping[K, Tensor], mean: Mean) -> dict[K, Tensor]:
     """All of them over the ranks, in one exchange."""
     if not sums:
         return {}

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from lit_modules.auxiliary import Mean, averaged
 from routing import RoutingRecord, Site
 from routing.follow import FollowingRouter
-
-Mean = Callable[[Tensor], Tensor]  # over ranks
 
 
 class Following:
@@ -33,9 +32,6 @@ class Following:
 
     def end(self, mean: Mean) -> None:
         """A step was taken: every rank's routers get the sums of all ranks."""
-        if not self._sums:
-            return
-        flat = mean(torch.cat(list(self._sums.values())))
-        for site, sums in zip(self._sums, flat.split([len(sums) for sums in self._sums.values()]), strict=True):
+        for site, sums in averaged(self._sums, mean).items():
             self.routers[site].follow(site.layer, sums)
         self._sums = {}

@@ -7,10 +7,11 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from routing.names import MLP_NAMES
 from routing.routed_mlp import RoutedMLP
 
 ROUTERS = "routers."
-GROWN = re.compile(r"^(.*\.(?:mlp|feed_forward)\.)(?:experts|always|dense)\.")
+GROWN = re.compile(rf"^(.*\.(?:{'|'.join(MLP_NAMES)})\.)(?:experts|always|dense)\.")  # children of a RoutedMLP
 
 
 def added(model: nn.Module) -> set[str]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, StaticCache
 
 from routing.applied import Routing
+from routing.gate import Gate
 from routing.layer import RoutedLayer
 from routing.observer import observed
+from routing.routed_mlp import RoutedMLP
 from routing.select import Selector
 from routing.tokens import TokenKind
 
@@ -37,7 +39,7 @@ class Generating(nn.Module):
         """
         config = cast(GenerationConfig | None, args[0] if args else kwargs.get("generation_config"))
         asked = Asked(kwargs, config or self.generation_config)
-        refuse(asked, [layer for layer in self.modules() if isinstance(layer, RoutedLayer)])
+        refuse(asked, [part.gate for part in self.modules() if isinstance(part, RoutedLayer | RoutedMLP)])
         if asked("cache_implementation") == "static" or isinstance(kwargs.get("past_key_values"), StaticCache):
             # A routed layer counts its slots on the host, which a compiled step would do anew for each length.
             kwargs.setdefault("disable_compile", True)
@@ -100,7 +102,7 @@ class Asked:
         return self.given[name] if self.given.get(name) is not None else getattr(self.config, name, None)
 
 
-def refuse(asked: Asked, layers: list[RoutedLayer]) -> None:
+def refuse(asked: Asked, gates: Sequence[Gate]) -> None:
     """Raises ValueError for what would not be what the same tokens give in one forward."""
     if str(asked("cache_implementation")).startswith("paged"):
         raise ValueError(PAGED)
@@ -117,11 +119,11 @@ def refuse(asked: Asked, layers: list[RoutedLayer]) -> None:
             "assistant_early_exit lets a part of this model's own layers guess, with the cache of the whole.\nAllowed:"
             " another model (assistant_model), or words of the prompt (prompt_lookup_num_tokens).\nGive one of these."
         )
-    for layer in layers:
-        first, then = (layer.gate.selector.rule(phase) for phase in ("prefill", "decode"))
+    for gate in gates:
+        first, then = (gate.selector.rule(phase) for phase in ("prefill", "decode"))
         if first != then and (answers(first) or answers(then)):
             raise ValueError(
-                f"{given[0]}: candidates are read together with the prompt, and layer {layer.gate.site.layer} decides"
+                f"{given[0]}: candidates are read together with the prompt, and layer {gate.site.layer} decides"
                 f" by {type(first).__name__} there and by {type(then).__name__} in answers.\nAllowed: one rule for both"
                 " phases, or rules that leave answers alone.\nGenerate without an assistant."
             )

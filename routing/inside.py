@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class Inside:
         seen: Tokens that the model had read before, in a cache.
         words_BT: Numbers in the vocabulary of the tokens that entered.
         graded: Whether the layer was called with gradients, which reentrant checkpointing takes from its first run.
-        decided: What each part decided when the layer ran first.
+        decided: What was decided when the layer ran first.
     """
 
     tokens: Tokens | None
@@ -31,7 +31,7 @@ class Inside:
     seen: int = 0
     words_BT: Tensor | None = None
     graded: bool = False
-    decided: dict[str, Decision] = field(default_factory=dict)
+    decided: Decision | None = None
 
 
 @dataclass(eq=False)

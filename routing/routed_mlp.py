@@ -35,6 +35,7 @@ class RoutedMLP(nn.Module):
         scale: What the experts' weighed answers are multiplied by.
         always: A network that every token takes; None if there is none.
         residual: The dense network as a branch of its own, and the router that weighs it against the experts.
+        beside: Hidden width of what every token takes beside its experts.
     """
 
     def __init__(
@@ -47,15 +48,14 @@ class RoutedMLP(nn.Module):
         scale: float = 1.0,
         always: StackedExperts | None = None,
         residual: tuple[nn.Module, Router] | None = None,
+        beside: int = 0,
     ) -> None:
         super().__init__()
         self.gate, self.running, self.scale = gate, running, scale
         self.experts, self.always = experts, always
         self.nulls = scores - experts.num_experts
         self.dense = None if residual is None else residual[0]
-        self.width = experts.down_proj.shape[2]  # hidden width of an expert, and of what every token takes
-        self.beside = 0 if always is None else always.down_proj.shape[2]
-        self.beside += 0 if residual is None else FeedForward.of(residual[0], gate.site).hidden
+        self.width, self.beside = experts.down_proj.shape[2], beside
         # No child: it is registered on the model's root.
         self.branches: tuple[Router, ...] = () if residual is None else (residual[1],)
 
@@ -104,9 +104,8 @@ class RoutedMLP(nn.Module):
                 " causal rule for this phase (SelectBy), or no cache.\nPass use_cache=False, or give decode:"
                 " TokenChoice."
             )
-        part = self.gate.site.part
-        decision = self.gate.decide(inputs, inside.decided.get(part))
-        inside.decided.setdefault(part, decision.detached())
+        decision = self.gate.decide(inputs, inside.decided)
+        inside.decided = inside.decided or decision.detached()
         return decision
 
     def answered(self, inputs: RouterInputs, decision: Decision) -> Tensor:
@@ -115,8 +114,6 @@ class RoutedMLP(nn.Module):
         if isinstance(decision, MixedChoices):
             taken = self._to_chosen(x_BTD, decision.experts)
             return self._to_choosers(x_BTD, decision.tokens, True) + taken
-        if isinstance(decision, ExpertChoices):
-            return self._to_chosen(x_BTD, decision)
         assert isinstance(decision, TokenChoices)
         rule = self.gate.selector.rule(tokens.phase)
         assert isinstance(rule, ExpertSelector)
@@ -140,7 +137,7 @@ class RoutedMLP(nn.Module):
         weight_BEC = choices.weight_BEC.to(x_BTD.dtype)
         answer_BTD = torch.zeros_like(x_BTD)
         for e, y_XD in enumerate(y_EXD):
-            answer_BTD = answer_BTD.scatter_add(1, index_BECD[:, e], y_XD.view(B, C, D) * weight_BEC[:, e, :, None])
+            answer_BTD.scatter_add_(1, index_BECD[:, e], y_XD.view(B, C, D) * weight_BEC[:, e, :, None])
         return answer_BTD
 
 
@@ -157,7 +154,8 @@ def upcycled(
     """What stands in a feed-forward network's place from then on."""
     if getattr(config, "_experts_implementation", None) in (None, "eager"):
         config._experts_implementation = "grouped_mm"  # of a dense decoder nobody else reads it
-    grown = upcycling(FeedForward.of(mlp, gate.site), experts)
+    network = FeedForward.of(mlp, gate.site)
+    grown = upcycling(network, experts)
     return RoutedMLP(
         gate,
         running,
@@ -166,4 +164,5 @@ def upcycled(
         scale=grown.scale,
         always=None if grown.always is None else stacked(config, [grown.always]),
         residual=None if residual is None else (mlp, residual),
+        beside=(grown.always.hidden if grown.always else 0) + (network.hidden if residual is not None else 0),
     )

@@ -445,3 +445,12 @@ def test_tokens_behind_a_cache_that_nobody_spoke_of_are_refused_where_experts_ch
         with tape.about(told), tape.recording() as records:
             model(input_ids=words[:, 6:9], past_key_values=cache)
     assert [record.decision.expert_BTK.shape[2] for record in records] == [2, 2]
+
+
+def test_an_assistant_is_refused_where_prompts_and_answers_choose_by_unlike_rules():
+    model, text = tiny_llava(layers=4).eval(), {"input_ids": torch.tensor([[9, 8, 9, 8, 9]])}
+    apart = SelectBy(TokenChoice(2), TokenChoice(2), TokenChoice(1, renormalise=False))
+    attach(model, {"moe": dataclasses.replace(EXACT, selector=apart)})
+    model.generate(**text, **GREEDY)
+    with pytest.raises(ValueError, match="layer 0 decides by TokenChoice there and by TokenChoice in answers"):
+        model.generate(**text, **GREEDY, prompt_lookup_num_tokens=2)

@@ -254,7 +254,7 @@ def _values(cases: Cases) -> list[str]:
     return [
         "## Values where products go wrong",
         "",
-        "Ours, eager, on memory that was left full of NaN, against the float32 loop; nobody's choices are those of"
+        "Ours, eager, over memory full of NaN, against the float32 loop; nobody's choices are those of"
         f" padding and of null experts. A gap above {WITHIN} is an error.",
         "",
         "| network | case | gap of values | of gradients |",

@@ -12,59 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
+from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ExpertsInterface, batched_mm_experts_forward, use_experts_implementation
 
+from routing.dispatch import Biased, Combined, Order, Sorted, Swiglu, has_kernels
 from routing.feed_forward import Activation, FeedForward
 
 FEW = 128  # rows of an expert up to which a product takes no longer than it takes to read its weights
-Context = torch.autograd.function.FunctionCtx
-
-
-class Sorted(torch.autograd.Function):
-    """Rows of tokens in the order of their experts; its gradient is a sum over each token's rows, in a fixed order."""
-
-    @staticmethod
-    def forward(ctx: Context, x_ND: Tensor, order_S: Tensor, place_NK: Tensor, nobody_NK1: Tensor | None) -> Tensor:
-        ctx.save_for_backward(place_NK, nobody_NK1)  # type: ignore[arg-type]
-        return x_ND[order_S // place_NK.shape[1]]
-
-    @staticmethod
-    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        place_NK, nobody_NK1 = ctx.saved_tensors  # type: ignore[attr-defined]
-        grad_NKD = grads[0][place_NK]
-        grad_NKD = grad_NKD if nobody_NK1 is None else grad_NKD.masked_fill(nobody_NK1, 0)
-        return grad_NKD.sum(1), None, None, None
-
-
-class Unsorted(torch.autograd.Function):
-    """Rows back at their tokens, (N, K, D); both ways are one gather."""
-
-    @staticmethod
-    def forward(ctx: Context, y_SD: Tensor, order_S: Tensor, place_NK: Tensor) -> Tensor:
-        ctx.save_for_backward(order_S)
-        return y_SD[place_NK]
-
-    @staticmethod
-    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (order_S,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grads[0].flatten(0, 1)[order_S], None, None
-
-
-class Biased(torch.autograd.Function):
-    """Rows with their experts' biases, whose gradient is a product: an index's would add row after row to one place."""
-
-    @staticmethod
-    def forward(ctx: Context, y_SF: Tensor, bias_EF: Tensor, mine_S: Tensor, nobody_S1: Tensor | None) -> Tensor:
-        ctx.save_for_backward(mine_S, nobody_S1)  # type: ignore[arg-type]
-        ctx.experts = len(bias_EF)  # type: ignore[attr-defined]
-        return y_SF + bias_EF[mine_S]
-
-    @staticmethod
-    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        mine_S, nobody_S1 = ctx.saved_tensors  # type: ignore[attr-defined]
-        grad_SF = grads[0] if nobody_S1 is None else grads[0].masked_fill(nobody_S1, 0)
-        mine_ES = mine_S == torch.arange(ctx.experts, device=mine_S.device)[:, None]  # type: ignore[attr-defined]
-        return grad_SF, mine_ES.to(grad_SF.dtype) @ grad_SF, None, None
 
 
 class StackedExperts(nn.Module):
@@ -85,6 +39,7 @@ class StackedExperts(nn.Module):
         super().__init__()
         self.config, self.num_experts, self.act_fn = config, len(networks), networks[0].act
         self.gated, self.biased = networks[0].gated, networks[0].up_bias is not None
+        self.swiglu = self.gated and isinstance(self.act_fn, nn.SiLU | SiLUActivation)
         self.up_name = "gate_up_proj" if self.gated else "up_proj"
         self.register_parameter(self.up_name, nn.Parameter(torch.stack([each.up for each in networks])))
         self.register_parameter("down_proj", nn.Parameter(torch.stack([each.down for each in networks])))
@@ -159,44 +114,6 @@ def _product(x_SD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
     return looped
 
 
-class Order(NamedTuple):
-    """Rows sorted by expert, those of one expert in the order of tokens, nobody's last.
-
-    Args:
-        order_S: The row that stands at each place.
-        place_NK: The place of each row.
-        ends_E: Where each expert's rows end, int32.
-        mine_S: The expert of the row at each place; any where it is nobody's.
-        nobody_S1: Whether it is nobody's; None if none is.
-        nobody_NK1: The same in the order of tokens.
-    """
-
-    order_S: Tensor
-    place_NK: Tensor
-    ends_E: Tensor
-    mine_S: Tensor
-    nobody_S1: Tensor | None
-    nobody_NK1: Tensor | None
-
-    @classmethod
-    def of(cls, expert_NK: Tensor, experts: int, skips: bool) -> Order:
-        """By counting: in one running sum over the masks of all experts, each behind the last, rows find their places.
-
-        That is one pass; a sort of 64-bit keys takes eight.
-        """
-        expert_S, kinds = expert_NK.flatten(), experts + skips
-        expert_S = expert_S.clamp_max(experts) if skips else expert_S
-        hits_ES = expert_S == torch.arange(kinds, device=expert_S.device)[:, None]
-        counts_ES = hits_ES.flatten().cumsum(0).view(kinds, -1)
-        place_S = counts_ES.gather(0, expert_S[None])[0] - 1
-        order_S = torch.empty_like(place_S).scatter(0, place_S, torch.arange(len(place_S), device=place_S.device))
-        mine_S, place_NK, ends_E = expert_S[order_S], place_S.view_as(expert_NK), counts_ES[:experts, -1].int()
-        if not skips:
-            return cls(order_S, place_NK, ends_E, mine_S, None, None)
-        nobody_S1, nobody_NK1 = (mine_S >= experts)[:, None], (expert_NK >= experts)[..., None]
-        return cls(order_S, place_NK, ends_E, mine_S.clamp_max(experts - 1), nobody_S1, nobody_NK1)
-
-
 def _grouped(x_SD: Tensor, each: Map, order: Order) -> Tensor:
     """Rows of each expert through its map."""
     y_SF = _product(x_SD, each.weight.transpose(1, 2), order.ends_E)
@@ -219,11 +136,19 @@ def grouped_mm(
     if not torch.is_grad_enabled() and len(expert_NK) <= FEW and expert_NK.numel() >= 2 * experts.num_experts:
         return _by_all(experts, x_ND, expert_NK, weight_NK)
     order, (up, down) = Order.of(expert_NK, experts.num_experts, skips), experts.weights(x_ND.dtype)
-    x_SD = Sorted.apply(x_ND.to(up.weight.dtype), order.order_S, order.place_NK, order.nobody_NK1)  # type: ignore[no-untyped-call]
-    y_SD = _grouped(experts.activated(_grouped(x_SD, up, order)), down, order)
-    y_NKD: Tensor = Unsorted.apply(y_SD, order.order_S, order.place_NK)  # type: ignore[no-untyped-call]
-    y_NKD = y_NKD if order.nobody_NK1 is None else y_NKD.masked_fill(order.nobody_NK1, 0)
-    return (y_NKD * weight_NK[..., None].to(y_NKD.dtype)).sum(1).to(x_ND.dtype)
+    places = order.order_S, order.place_NK, order.nobody_NK1, order.taken_1
+    x_SD = Sorted.apply(x_ND.to(up.weight.dtype), *places)  # type: ignore[no-untyped-call]
+    y_SD = _grouped(_activated(experts, _grouped(x_SD, up, order)), down, order)
+    answer_ND: Tensor = Combined.apply(y_SD, weight_NK, *places)  # type: ignore[no-untyped-call]
+    return answer_ND.to(x_ND.dtype)
+
+
+def _activated(experts: StackedExperts, up_SG: Tensor) -> Tensor:
+    """(S, 2F or F) to (S, F)."""
+    if experts.swiglu and up_SG.requires_grad and has_kernels(up_SG):
+        made: Tensor = Swiglu.apply(up_SG)  # type: ignore[no-untyped-call]
+        return made
+    return experts.activated(up_SG)
 
 
 def _by_all(experts: StackedExperts, x_ND: Tensor, expert_NK: Tensor, weight_NK: Tensor) -> Tensor:

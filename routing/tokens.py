@@ -30,6 +30,9 @@ class TokenKind(IntEnum):
     VISION = 4
 
 
+EVERY = tuple(TokenKind)  # a compiler cannot look through an enum's own iterator
+
+
 @dataclass(frozen=True)
 class Tokens:
     """Facts about every token of a batch; made by the collator, or derived from ``input_ids`` when nobody made them.
@@ -152,7 +155,7 @@ class Tokens:
     @cached_property
     def kinds(self) -> frozenset[TokenKind]:
         """The kinds that any row has a token of; known on the host."""
-        return frozenset(kind for kind in TokenKind if any(row[kind] for row in self.counts_B))
+        return frozenset(kind for kind in EVERY if any(row[kind] for row in self.counts_B))
 
     def count(self, kinds: Iterable[TokenKind]) -> tuple[int, ...]:
         """How many tokens of ``kinds`` each row has; known on the host."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import expert_products
 from benchmarks.expert_cases import Gap, gap, hard_cases
 from benchmarks.expert_layers import METHODS, OURS, SHAPES, Shape, layers
 from benchmarks.experts_page import Result, Row, Setting, page, wrong
@@ -44,14 +45,17 @@ class Plan:
         modes: Of ``eager`` and ``compiled``.
         seconds: For the rounds of each setting that is timed; each has at least one.
         turns: Of each method in a round.
-        calls: Of each method in a turn, in training and in decoding.
+        tokens: Of a turn of training, in as many calls as that takes: where the first finds an idle device should not
+            count for much.
+        steps: Of a turn of decoding.
     """
 
     settings: tuple[Setting, ...]
     modes: tuple[str, ...] = ("eager", "compiled")
     seconds: float = 12.0
     turns: int = 4
-    calls: tuple[int, int] = (5, 50)
+    tokens: int = 160_000
+    steps: int = 50
 
     @classmethod
     def of(cls, shapes: Sequence[Shape], sizes: Sequence[int] = SIZES) -> Plan:
@@ -167,13 +171,32 @@ def measure(setting: Setting, plan: Plan) -> Result:
     result = Result(setting, {key: job.row for key, job in own.items()})
     if setting.timed:
         times(setting, plan, [job for job in own.values() if not job.row.failed])
+    if setting.timed and setting.phase == "train":
+        result.products.update(products(setting, plan))
     return result
+
+
+def calls(setting: Setting, plan: Plan) -> int:
+    """Of each method in a turn."""
+    return plan.steps if setting.phase == "decode" else max(1, plan.tokens // setting.tokens)
+
+
+def products(setting: Setting, plan: Plan) -> dict[str, list[float]]:
+    """Milliseconds, by turn, of the products of a layer alone."""
+    made = {way: getattr(expert_products, way)(setting.shape, setting.tokens) for way in ("dense", "grouped")}
+    n = calls(setting, plan)
+
+    def act(run: expert_products.Products) -> float:
+        return milliseconds(lambda: [run() for _ in range(n)]) / n
+
+    in_turns(list(made.values()), act, 1)  # nobody times these
+    return dict(zip(made, in_turns(list(made.values()), act, 2 * plan.turns), strict=True))
 
 
 def times(setting: Setting, plan: Plan, running: list[Job]) -> None:
     """Into their rows."""
     gc.collect()
-    act = partial(Job.turn, calls=plan.calls[setting.phase == "decode"])
+    act = partial(Job.turn, calls=calls(setting, plan))
     in_turns(running, act, 1)  # nobody times these
     began, rounds, took = time.monotonic(), 0, 0.0
     while not rounds or time.monotonic() + took <= began + plan.seconds:
@@ -211,7 +234,7 @@ def main() -> None:
     args = parser.parse_args()
     plan = replace(Plan.of([shape for shape in SHAPES if shape.name in args.shapes]), seconds=args.seconds)
     if args.smoke:
-        plan = replace(Plan.of(SMOKE, (64, 96, 128)), modes=("eager",), seconds=0, turns=3, calls=(1, 1))
+        plan = replace(Plan.of(SMOKE, (64, 96, 128)), modes=("eager",), seconds=0, turns=3, tokens=1, steps=1)
     failures = compare(plan, args.out, f"python {shlex.join(sys.argv)}")
     print(args.out.read_text())
     if failures:

@@ -64,10 +64,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured in one setting, by method and mode."""
+    """What was measured in one setting, by method and mode.
+
+    Args:
+        setting: Which.
+        rows: Layers.
+        products: Milliseconds, by turn, of the products of a layer alone, ``dense`` and ``grouped``; empty where they
+            were not timed.
+    """
 
     setting: Setting
     rows: Mapping[tuple[str, str], Row]
+    products: dict[str, list[float]] = field(default_factory=dict)
 
     def over(self, key: tuple[str, str], others: Sequence[str]) -> list[float]:
         """Turn by turn, over the mean of these methods in that turn and mode; empty if anything is missing."""
@@ -76,6 +84,14 @@ class Result:
             return []
         means = [statistics.fmean(turn) for turn in zip(*(row.ms for row in rows), strict=True)]
         return [now / mean for now, mean in zip(self.rows[key].ms, means, strict=True)]
+
+    def limit(self) -> float | None:
+        """Compiled dense with grouped products in place of its own, over compiled dense; None if not timed."""
+        row = self.rows.get(("dense", "compiled"))
+        if not self.products or row is None or not row.ms:
+            return None
+        more = statistics.median(self.products["grouped"]) - statistics.median(self.products["dense"])
+        return 1 + more / statistics.median(row.ms)
 
     def best_other(self, mode: str) -> str | None:
         """The fastest that is neither ours nor dense."""
@@ -177,6 +193,16 @@ def _table(result: Result) -> list[str]:
         f"| --- | --- |{' ---: |' * (len(heads) - 2)}",
         *(f"| {' | '.join(_cells(result, key))} |" for key in result.rows),
         "",
+        *(_products(result.products) if result.products else ()),
+    ]
+
+
+def _products(ms: Mapping[str, list[float]]) -> list[str]:
+    ratios = [ours / dense for ours, dense in zip(ms["grouped"], ms["dense"], strict=True)]
+    return [
+        f"The products alone, forward and backward, {len(ratios)} turns: dense {middle(ms['dense'], 3)} ms, grouped"
+        f" {middle(ms['grouped'], 3)} ms, grouped over dense **{middle(ratios, 3)}**.",
+        "",
     ]
 
 
@@ -206,10 +232,12 @@ def _verdicts(results: Sequence[Result]) -> list[str]:
         "## Targets",
         "",
         f"A median of ratios at most the target is held: compiled over compiled dense in training, and at {DECODED}"
-        " tokens over the fastest of the other ways in the same mode.",
+        " tokens over the fastest of the other ways in the same mode. The limit is what compiled dense would take with"
+        " PyTorch's grouped products (`torch.nn.functional.grouped_mm`) in place of its own, both timed alone in the"
+        " same run; scoring, sorting, weighing and adding up have what lies between limit and target.",
         "",
-        "| setting | ours | over | ratio | target | verdict |",
-        "| --- | --- | --- | ---: | ---: | --- |",
+        "| setting | ours | over | ratio | limit | target | verdict |",
+        "| --- | --- | --- | ---: | ---: | ---: | --- |",
     ]
     for result in results:
         setting = result.setting
@@ -227,10 +255,18 @@ def _verdicts(results: Sequence[Result]) -> list[str]:
 
 def _verdict(result: Result, key: tuple[str, str], others: Sequence[str], target: float) -> str:
     ratios, over = result.over(key, others), "dense" if "dense" in others else others[0]
-    if not ratios:
-        return f"| {result.setting.title} | {key[1]} | {over} | not measured | {target:.2f} | missed |"
-    verdict = "held" if statistics.median(ratios) <= target else "missed"
-    return f"| {result.setting.title} | {key[1]} | {over} | {middle(ratios, 3)} | {target:.2f} | {verdict} |"
+    limit = result.limit() if over == "dense" else None
+    verdict = "held" if ratios and statistics.median(ratios) <= target else "missed"
+    cells = (
+        result.setting.title,
+        key[1],
+        over,
+        middle(ratios, 3) if ratios else "not measured",
+        "" if limit is None else f"{limit:.3f}",
+        f"{target:.2f}",
+        verdict,
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 def _memory(results: Sequence[Result]) -> list[str]:

@@ -4,8 +4,10 @@ import sys
 
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import experts
+from benchmarks import expert_products, experts
 from benchmarks.expert_cases import CASES, Gap, gap, hard_cases
 from benchmarks.expert_layers import (
     METHODS,
@@ -27,7 +29,7 @@ from routing import experts as routed
 CPU = torch.device("cpu")
 GATED, PLAIN = SMOKE
 TRAINED, DECODED = Setting(GATED, 64, "train"), Setting(PLAIN, 8, "decode")
-PLAN = Plan((TRAINED, DECODED), modes=("eager",), seconds=0, turns=2, calls=(1, 1))
+PLAN = Plan((TRAINED, DECODED), modes=("eager",), seconds=0, turns=2, tokens=1, steps=1)
 
 
 def rows_of(page_text: str, title: str) -> list[list[str]]:
@@ -65,6 +67,17 @@ def test_all_methods_but_dense_answer_as_the_exact_loop_does(shape, phase):
 
 
 @pytest.mark.parametrize("shape", SMOKE, ids=lambda shape: shape.name)
+def test_products_alone_are_as_many_multiplications_grouped_as_dense(monkeypatch, shape):
+    grouped = []
+    monkeypatch.setattr(F, "grouped_mm", lambda a, b, offs: grouped.append(2 * a.numel() * b.shape[-1]))
+    expert_products.grouped(shape, 64)()
+    with FlopCounterMode(display=False) as counted:
+        expert_products.dense(shape, 64)()
+    want = 3 * 2 * 64 * K * shape.width * shape.hidden * (3 if shape.gated else 2)
+    assert sum(grouped) == counted.get_total_flops() == want
+
+
+@pytest.mark.parametrize("shape", SMOKE, ids=lambda shape: shape.name)
 def test_dense_has_as_many_multiplications_as_the_experts_of_a_token(shape):
     made, _ = layers(shape, 8, "train", CPU)
     matrices = [p for p in made["dense"].parameters() if p.ndim == 2]
@@ -92,7 +105,7 @@ def test_one_row_that_fails_leaves_the_others_and_is_wrong_only_if_it_is_ours(mo
     method = Method("breaks", lambda own, phase: Answered(own, broken), ("train",))
     monkeypatch.setitem(METHODS, "transformers eager", method)
     out = tmp_path / "experts.md"
-    one = Plan((TRAINED,), modes=("eager",), seconds=0, turns=2, calls=(1, 1))
+    one = Plan((TRAINED,), modes=("eager",), seconds=0, turns=2, tokens=1, steps=1)
     assert compare(one, out, "it") == []
     row = next(row for row in rows_of(out.read_text(), TRAINED.title) if row[0] == "transformers eager")
     assert row[2] == "failed: RuntimeError: no kernel / here"
@@ -111,7 +124,7 @@ def test_what_is_not_one_graph_is_compiled_in_pieces_and_says_so(monkeypatch, tm
 
     monkeypatch.setattr(torch, "compile", compile_as)
     out = tmp_path / "experts.md"
-    plan = Plan((DECODED,), modes=("eager", "compiled"), seconds=0, turns=2, calls=(1, 1))
+    plan = Plan((DECODED,), modes=("eager", "compiled"), seconds=0, turns=2, tokens=1, steps=1)
     assert compare(plan, out, "it") == []
     modes = {row[0]: row[1] for row in rows_of(out.read_text(), DECODED.title) if row[1] != "eager"}
     assert modes.keys() == {name for name, method in METHODS.items() if method.compiles}
@@ -125,13 +138,14 @@ def result(tokens: int, peak: int, ours: float = 1.04, off: float = 1e-3) -> Res
         (OURS, "compiled"): Row([ours, ours], Gap(off, None), peak),
         ("one-hot einsum", "compiled"): Row([2.0, 3.0], Gap(1.0, None), tokens**2),
     }
-    return Result(Setting(Shape("tiny", 32, 64, True), tokens, "train"), rows)
+    products = {"dense": [0.9, 0.9], "grouped": [0.93, 0.93]}
+    return Result(Setting(Shape("tiny", 32, 64, True), tokens, "train"), rows, products)
 
 
 def test_verdicts_follow_from_the_ratios():
     for ours, verdict in ((1.04, "held"), (1.06, "missed")):
         (row,) = rows_of(page("it", {}, [result(64, 1, ours)]), "Targets")
-        assert row[1:] == ["compiled", "dense", f"{ours:.3f} ({ours:.3f} to {ours:.3f})", "1.05", verdict]
+        assert row[1:] == ["compiled", "dense", f"{ours:.3f} ({ours:.3f} to {ours:.3f})", "1.030", "1.05", verdict]
     assert result(64, 1).best_other("compiled") == "one-hot einsum"
 
 

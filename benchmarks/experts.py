@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import random
 import shlex
 import sys
 import time
@@ -18,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +30,14 @@ from benchmarks import expert_products
 from benchmarks.expert_cases import Gap, gap, hard_cases
 from benchmarks.expert_layers import METHODS, OURS, SHAPES, Shape, layers
 from benchmarks.experts_page import Result, Row, Setting, page, wrong
-from benchmarks.inference import in_turns, say
+from benchmarks.inference import say
 from benchmarks.subject import DEVICE, memory, milliseconds, wait
 
 SIZES = (5120, 10240, 16384)  # of training; peak memory has to be known at three to be seen growing
 STEPS = (8, 1)  # tokens of a step of decoding
 SMOKE = Shape("tiny, gated", 32, 64, gated=True), Shape("tiny, plain", 32, 64, gated=False)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,8 @@ class Plan:
     settings: tuple[Setting, ...]
     modes: tuple[str, ...] = ("eager", "compiled")
     seconds: float = 12.0
-    turns: int = 4
-    tokens: int = 160_000
+    turns: int = 8
+    tokens: int = 80_000
     steps: int = 50
 
     @classmethod
@@ -176,6 +180,15 @@ def measure(setting: Setting, plan: Plan) -> Result:
     return result
 
 
+def in_shuffled_turns(those: Sequence[T], act: Callable[[T], float], times: int) -> list[list[float]]:
+    """What each does several times; a device that the one before has heated is met by another one each time."""
+    values: list[list[float]] = [[] for _ in those]
+    for turn in range(times):
+        for which in random.Random(turn).sample(range(len(those)), len(those)):
+            values[which].append(act(those[which]))
+    return values
+
+
 def calls(setting: Setting, plan: Plan) -> int:
     """Of each method in a turn."""
     return plan.steps if setting.phase == "decode" else max(1, plan.tokens // setting.tokens)
@@ -189,19 +202,19 @@ def products(setting: Setting, plan: Plan) -> dict[str, list[float]]:
     def act(run: expert_products.Products) -> float:
         return milliseconds(lambda: [run() for _ in range(n)]) / n
 
-    in_turns(list(made.values()), act, 1)  # nobody times these
-    return dict(zip(made, in_turns(list(made.values()), act, 2 * plan.turns), strict=True))
+    in_shuffled_turns(list(made.values()), act, 1)  # nobody times these
+    return dict(zip(made, in_shuffled_turns(list(made.values()), act, 2 * plan.turns), strict=True))
 
 
 def times(setting: Setting, plan: Plan, running: list[Job]) -> None:
     """Into their rows."""
     gc.collect()
     act = partial(Job.turn, calls=calls(setting, plan))
-    in_turns(running, act, 1)  # nobody times these
+    in_shuffled_turns(running, act, 1)  # nobody times these
     began, rounds, took = time.monotonic(), 0, 0.0
     while not rounds or time.monotonic() + took <= began + plan.seconds:
         start = time.monotonic()
-        for job, values in zip(running, in_turns(running, act, plan.turns), strict=True):
+        for job, values in zip(running, in_shuffled_turns(running, act, plan.turns), strict=True):
             job.row.ms += values
         rounds, took = rounds + 1, time.monotonic() - start
     say(f"{setting.title}: {rounds} rounds of {took:.1f} s")

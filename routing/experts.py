@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
-from transformers.activations import SiLUActivation
+from transformers.activations import ACT2FN, FastGELUActivation, NewGELUActivation, SiLUActivation
 from transformers.integrations.moe import ExpertsInterface, batched_mm_experts_forward, use_experts_implementation
 
 from routing.dispatch import Biased, Combined, Order, Sorted, Swiglu, has_kernels
@@ -37,7 +37,7 @@ class StackedExperts(nn.Module):
 
     def __init__(self, config: PreTrainedConfig, networks: Sequence[FeedForward]) -> None:
         super().__init__()
-        self.config, self.num_experts, self.act_fn = config, len(networks), networks[0].act
+        self.config, self.num_experts, self.act_fn = config, len(networks), _in_one_kernel(networks[0].act)
         self.gated, self.biased = networks[0].gated, networks[0].up_bias is not None
         self.swiglu = self.gated and isinstance(self.act_fn, nn.SiLU | SiLUActivation)
         self.up_name = "gate_up_proj" if self.gated else "up_proj"
@@ -90,6 +90,14 @@ class StackedExperts(nn.Module):
             return self.act_fn(h)
         gate, up = h.chunk(2, dim=-1)
         return self.act_fn(gate) * up
+
+
+def _in_one_kernel(act: Activation) -> Activation:
+    """The same function, where a model writes it as eight operations that all read and write the hidden layer."""
+    if isinstance(act, NewGELUActivation | FastGELUActivation):
+        made: Activation = ACT2FN["gelu_pytorch_tanh"]
+        return made
+    return act
 
 
 class Map(NamedTuple):

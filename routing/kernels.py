@@ -114,7 +114,9 @@ def unswiglu(grad_SF: Tensor, gate_up_SG: Tensor) -> Tensor:
     return made_SG
 
 
-def _launch(kernel: triton.JITFunction, grid: tuple[int, ...], given: tuple[Tensor, ...], fixed: Mapping[str, int]) -> None:
+def _launch(
+    kernel: triton.JITFunction, grid: tuple[int, ...], given: tuple[Tensor, ...], fixed: Mapping[str, int]
+) -> None:
     """On the tensors' device, whichever is current."""
     if not grid[0]:
         return

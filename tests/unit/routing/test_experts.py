@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from transformers.activations import ACT2FN
 
 from routing.experts import GatedExperts, PlainExpertsWithBias, StackedExperts, stacked
 from routing.feed_forward import FeedForward
@@ -216,3 +217,16 @@ def test_types_and_widths_without_a_grouped_product_are_looped_over(width, dtype
         answers.append((answer_ND.detach(), x_ND.grad, *(p.grad for p in experts.parameters())))
     for got, want in zip(*answers, strict=True):
         assert gap(got, want) <= (1e-2 if dtype is torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("name", ["gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu", "silu", "relu2", "quick_gelu"])
+def test_an_activation_in_one_kernel_is_the_models_own(name):
+    act, g = ACT2FN[name], torch.Generator().manual_seed(0)
+    network = FeedForward(torch.randn(H, D, generator=g), torch.randn(D, H, generator=g), None, None, False, act)
+    own = stacked(SimpleNamespace(_experts_implementation="eager"), [network]).act_fn
+    results = []
+    for each in (act, own):
+        x = torch.linspace(-6, 6, 500, dtype=torch.float64, requires_grad=True)
+        (each(x) * torch.arange(500.0)).sum().backward()
+        results.append((each(x), x.grad))
+    torch.testing.assert_close(*results, atol=1e-8, rtol=1e-8)

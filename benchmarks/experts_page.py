@@ -164,13 +164,14 @@ def _top(command: str) -> list[str]:
         f"Made by `{command}` on {device}, torch {torch.__version__}, transformers {transformers.__version__}, bf16,"
         f" {E} experts, {K} of each token. Each row is a whole layer, and all but dense share their weights and their"
         " router (float32 scores, softmax, the two best, weights that sum to 1), so that all decide the same. All"
-        " weights and tokens are random, and experts get about as many tokens each. **Dense is the model's own"
+        " weights and tokens are random, and experts get about as many tokens each. Experts run Phi's activation as one"
+        " kernel whoever runs them; its own network has eight, unless they are compiled. **Dense is the model's own"
         f" feed-forward network with a hidden width of {K} F on the same tokens**: it executes as many FLOPs as {K}"
         f" experts of each token do, with {K}/{E} of their weights. Compiled is `torch.compile(fullgraph=True,"
         " dynamic=False)`.",
         "",
         "Shown are medians (quartiles) of milliseconds of a call, wall-clock from an idle device to an idle device over"
-        " a turn of several calls, and of ratios within a turn over the mean of both instances of dense in the same"
+        " a turn of several calls, in an order drawn anew for each turn, and of ratios within a turn over the mean of both instances of dense in the same"
         " mode; how much these two differ bounds what a ratio can tell. Peak memory is above the weights and the"
         " input, as asked of the allocator, gradients of the weights included. Gaps are lengths of the difference from"
         " a float32 loop over the experts with the same weights, over its own length: of the answer, and the largest of"

@@ -87,11 +87,11 @@ class Result:
 
     def limit(self) -> float | None:
         """Compiled dense with grouped products in place of its own, over compiled dense; None if not timed."""
-        row = self.rows.get(("dense", "compiled"))
-        if not self.products or row is None or not row.ms:
+        rows = [self.rows[name, "compiled"] for name in ("dense", AGAIN) if (name, "compiled") in self.rows]
+        if not self.products or not rows or not all(row.ms for row in rows):
             return None
         more = statistics.median(self.products["grouped"]) - statistics.median(self.products["dense"])
-        return 1 + more / statistics.median(row.ms)
+        return 1 + more / statistics.fmean(statistics.median(row.ms) for row in rows)
 
     def best_other(self, mode: str) -> str | None:
         """The fastest that is neither ours nor dense."""
@@ -171,11 +171,11 @@ def _top(command: str) -> list[str]:
         " dynamic=False)`.",
         "",
         "Shown are medians (quartiles) of milliseconds of a call, wall-clock from an idle device to an idle device over"
-        " a turn of several calls, in an order drawn anew for each turn, and of ratios within a turn over the mean of both instances of dense in the same"
-        " mode; how much these two differ bounds what a ratio can tell. Peak memory is above the weights and the"
-        " input, as asked of the allocator, gradients of the weights included. Gaps are lengths of the difference from"
-        " a float32 loop over the experts with the same weights, over its own length: of the answer, and the largest of"
-        " all gradients.",
+        " a turn of several calls, in an order drawn anew for each turn, and of ratios within a turn over the mean of"
+        " both instances of dense in the same mode; how much these two differ bounds what a ratio can tell. Peak memory"
+        " is above the weights and the input, as asked of the allocator, gradients of the weights included. Gaps are"
+        " lengths of the difference from a float32 loop over the experts with the same weights, over its own length: of"
+        " the answer, and the largest of all gradients.",
         "",
         *(f"- {name}: {method.says}." for name, method in METHODS.items()),
         "",
@@ -235,7 +235,8 @@ def _verdicts(results: Sequence[Result]) -> list[str]:
         f"A median of ratios at most the target is held: compiled over compiled dense in training, and at {DECODED}"
         " tokens over the fastest of the other ways in the same mode. The limit is what compiled dense would take with"
         " PyTorch's grouped products (`torch.nn.functional.grouped_mm`) in place of its own, both timed alone in the"
-        " same run; scoring, sorting, weighing and adding up have what lies between limit and target.",
+        " same run. What a layer takes beyond it is scoring, sorting, weighing and adding up; where it is above the"
+        " target, these products alone miss that.",
         "",
         "| setting | ours | over | ratio | limit | target | verdict |",
         "| --- | --- | --- | ---: | ---: | ---: | --- |",

@@ -175,7 +175,7 @@ def _verdicts(results: Sequence[Result]) -> list[str]:
         "A rule that decides about generated tokens asks its router in every routed layer: 9 to 11 "
         "kernels beside the 43 of a dense layer (`python -m pytest -s tests/unit/routing/test_kernels.py` "
         "counts them on the CPU). With up to four rows the host then asks whether anybody enters, and skips "
-        "a layer that all pass by; with one row that pays for the asking. In a larger batch every layer runs, "
+        "a layer that all pass by; with one row that about pays for the asking. In a larger batch every layer runs, "
         "unasked, and nothing is left to pay with. Rows that keep unlike numbers of tokens leave slots empty, and "
         "attention then reads a mask.",
         "",

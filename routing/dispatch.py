@@ -6,14 +6,17 @@ Shape suffixes: N tokens, K experts of a token, S = N * K rows, E experts, D wid
 from __future__ import annotations
 
 from importlib.util import find_spec
+from os import environ
+from shutil import which
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-TRITON = find_spec("triton") is not None  # absent from PyTorch's builds for CPUs
+# PyTorch's builds for CPUs come without it, and it needs a C compiler to launch a kernel.
+TRITON = find_spec("triton") is not None and any(map(which, (environ.get("CC", "cc"), "gcc", "clang")))
 if TRITON:
-    from routing import kernels
+    from routing.cuda import kernels
 
 Context = torch.autograd.function.FunctionCtx
 
@@ -91,22 +94,26 @@ class Combined(torch.autograd.Function):
         nobody_NK1: Tensor | None,
         taken_1: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(y_SD, weight_NK, order_S, place_NK, nobody_NK1, taken_1)  # type: ignore[arg-type]
+        learns = torch.compiler.is_compiling() or ctx.needs_input_grad[1]  # type: ignore[attr-defined]
+        kept_SD = y_SD if learns else None
+        ctx.save_for_backward(kept_SD, weight_NK, order_S, place_NK, nobody_NK1, taken_1)  # type: ignore[arg-type]
         if _in_one_pass(y_SD):
-            return kernels.combine(y_SD, place_NK, taken_1, weight_NK.contiguous())
+            return kernels.combine(y_SD.contiguous(), place_NK, taken_1, weight_NK.contiguous())
         y_NKD = _somebodys(y_SD[place_NK], nobody_NK1)
         return (y_NKD * weight_NK[..., None].to(y_SD.dtype)).sum(1)
 
     @staticmethod
-    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         y_SD, weight_NK, order_S, place_NK, nobody_NK1, taken_1 = ctx.saved_tensors  # type: ignore[attr-defined]
-        if _in_one_pass(y_SD):
-            given = grads[0].contiguous(), y_SD, order_S, taken_1, weight_NK.contiguous()
+        if y_SD is not None and _in_one_pass(y_SD):
+            given = grads[0].contiguous(), y_SD.contiguous(), order_S, taken_1, weight_NK.contiguous()
             return *kernels.uncombine(*given), None, None, None, None
         grad_N1D = grads[0][:, None]
-        grad_y_SD = (grad_N1D * weight_NK[..., None].to(y_SD.dtype)).flatten(0, 1)[order_S]
-        grad_NK = (grad_N1D * _somebodys(y_SD[place_NK], nobody_NK1)).sum(-1, dtype=weight_NK.dtype)
-        return grad_y_SD, grad_NK, None, None, None, None
+        grad_NKD = _somebodys(grad_N1D * weight_NK[..., None].to(grad_N1D.dtype), nobody_NK1)
+        grad_NK = None
+        if y_SD is not None:
+            grad_NK = (grad_N1D * _somebodys(y_SD[place_NK], nobody_NK1)).sum(-1, dtype=weight_NK.dtype)
+        return grad_NKD.flatten(0, 1)[order_S], grad_NK, None, None, None, None
 
 
 class Biased(torch.autograd.Function):
@@ -132,13 +139,17 @@ class Swiglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context, gate_up_SG: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up_SG)
-        return kernels.swiglu(gate_up_SG)
+        return kernels.swiglu(gate_up_SG.contiguous())
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Context, grad_SF: Tensor) -> Tensor:
+    def backward(ctx: Context, *grads: Tensor) -> Tensor:
         (gate_up_SG,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return kernels.unswiglu(grad_SF.contiguous(), gate_up_SG)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return kernels.unswiglu(grads[0].contiguous(), gate_up_SG.contiguous())
+        gate_SF, up_SF = gate_up_SG.chunk(2, dim=-1)
+        share_SF = gate_SF.sigmoid()
+        grad_gate_SF = grads[0] * up_SF * share_SF * (1 + gate_SF * (1 - share_SF))
+        return torch.cat([grad_gate_SF, grads[0] * gate_SF * share_SF], dim=-1)
 
 
 def has_kernels(x: Tensor) -> bool:

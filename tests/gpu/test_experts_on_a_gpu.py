@@ -17,7 +17,8 @@ from tests.tiny import IMAGE, PATCHES, facts, padded, row, tiny_llava
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = torch.device("cuda")
-SHAPES = Shape("gated", 320, 448, gated=True), Shape("plain, with biases", 320, 448, gated=False)
+# A kernel takes 1024 elements of a row at a time.
+SHAPES = Shape("gated", 1032, 1544, gated=True), Shape("plain, with biases", 1032, 1544, gated=False)
 ROWS = [row(1, 9), row(0, 6, seed=1), row(2, 4, seed=2), row(1, 3, seed=3)]
 UNLIKE = {"router": LinearRouter(bias=False, std=0.5), "upcycling": Copies(noise=0.5)}
 PLUGINS = [MixtureOfExperts(**UNLIKE), ExpertChoiceExperts(**UNLIKE)]

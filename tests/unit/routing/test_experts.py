@@ -224,9 +224,30 @@ def test_an_activation_in_one_kernel_is_the_models_own(name):
     act, g = ACT2FN[name], torch.Generator().manual_seed(0)
     network = FeedForward(torch.randn(H, D, generator=g), torch.randn(D, H, generator=g), None, None, False, act)
     own = stacked(SimpleNamespace(_experts_implementation="eager"), [network]).act_fn
+    assert (own is act) == (name not in ("gelu_new", "gelu_fast"))
     results = []
     for each in (act, own):
         x = torch.linspace(-6, 6, 500, dtype=torch.float64, requires_grad=True)
         (each(x) * torch.arange(500.0)).sum().backward()
         results.append((each(x), x.grad))
     torch.testing.assert_close(*results, atol=1e-8, rtol=1e-8)
+
+
+@pytest.mark.parametrize("case", ["ordinary", "nobody's"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_of_gradients_are_the_loops_over_memory_full_of_nan(shape, case):
+    results = []
+    torch.use_deterministic_algorithms(True)  # which fill with NaN what ``empty`` makes
+    try:
+        for way in ("eager", "grouped_mm"):
+            experts = experts_of(way, shape, torch.float32)
+            x_ND, expert_NK, weight_NK = rows(case, torch.float32)
+            x_ND, weight_NK = x_ND.detach().requires_grad_(), weight_NK.detach().requires_grad_()
+            answer_ND = experts(x_ND, expert_NK, weight_NK)
+            given = x_ND, weight_NK, experts.down_proj
+            first = torch.autograd.grad(answer_ND.square().sum(), given, create_graph=True)
+            sum(each.square().sum() for each in first).backward()
+            results.append([each.grad for each in given])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(results[1], results[0], atol=1e-3, rtol=1e-4)

@@ -51,6 +51,7 @@ class SkipOrKeepRouter(Router):
     """Scores a token by its second logit less its first, whose sigmoid is the softmax of the two."""
 
     normed = True
+    pure = True
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -188,6 +189,8 @@ class AtLeast(Threshold):
         routes: Kinds of tokens that are routed.
         p: Least weight with which a token enters.
     """
+
+    pure = True
 
     def enters(self, weights_BT: Tensor) -> Tensor:
         return weights_BT >= self.p

@@ -14,8 +14,9 @@ from transformers import Cache
 from routing.decision import KeptTokens
 from routing.gate import Gate
 from routing.gather import take
-from routing.layer import RoutedLayer, mixed
+from routing.layer import RoutedLayer
 from routing.merge import Merge
+from routing.mixed import mixed
 from routing.tokens import Tokens
 
 

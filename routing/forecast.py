@@ -17,6 +17,7 @@ from routing.gate import Gate
 from routing.loss import AuxLoss
 from routing.router import LinearRouter, MLPRouter, Router, RouterInputs, RouterSpec
 from routing.select import DepthSelector
+from routing.step_graph import is_pure
 from routing.tape import RoutingRecord
 from routing.tokens import Phase, Tokens
 
@@ -42,7 +43,7 @@ class PredictedRouter(ForecastingRouter):
 
     def __init__(self, scorer: Router, predictor: Router) -> None:
         super().__init__(scorer)
-        self.predictor = predictor
+        self.predictor, self.pure = predictor, is_pure(scorer) and is_pure(predictor)
 
     def forecast(self, inputs: RouterInputs, scores_BTE: Tensor) -> Tensor:
         forecast_BT1: Tensor = self.predictor(replace(inputs, x_BTD=inputs.x_BTD.detach()))
@@ -88,6 +89,7 @@ class CalibratedRouter(ForecastingRouter):
 
     def __init__(self, scorer: Router) -> None:
         super().__init__(scorer)
+        self.pure = is_pure(scorer)
         self.register_buffer("cut_L", torch.zeros(MOST_LAYERS, dtype=torch.float32))
         self.register_buffer("measured_L", torch.zeros(MOST_LAYERS, dtype=torch.bool))
         self._unasked: set[int] | None = None
@@ -162,6 +164,7 @@ class Forecast(DepthSelector):
 
     p: float = 0.5
     causal = True
+    pure = True
     reads = "forecast"
 
     def __post_init__(self) -> None:

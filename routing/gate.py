@@ -11,8 +11,10 @@ from torch.utils.checkpoint import checkpoint
 from routing.capacity import CapacitySchedule
 from routing.choose import ExpertSelector
 from routing.decision import Decision
+from routing.norm import NormOfToken
 from routing.router import Router, RouterInputs
-from routing.select import Selector
+from routing.select import DepthSelector, Selector
+from routing.step_graph import StepGraph, is_pure
 from routing.tape import RoutingRecord, RoutingTape, Site
 from routing.tokens import TokenKind, Tokens
 from routing.weighting import Weighting
@@ -29,6 +31,7 @@ class Standing:
         kept: Most tokens that the rule keeps of each row; None if only the data tell.
         foresees: Whether the router is asked for its forecast.
         idle: Whether every token enters without being asked.
+        steps: Whether single tokens are decided on by their hidden states alone, so that a step may be replayed.
     """
 
     tokens: Tokens
@@ -37,6 +40,24 @@ class Standing:
     kept: tuple[int, ...] | None
     foresees: bool
     idle: bool
+    steps: bool
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Asked:
+    """What the router and the weighting make of tokens.
+
+    Args:
+        scores_BTE: The router's scores.
+        forecast_BTE: Its forecast, where one is read.
+        weights_BTE: What the weighting made of the scores.
+        given_BTE: What the rule reads.
+    """
+
+    scores_BTE: Tensor
+    forecast_BTE: Tensor | None
+    weights_BTE: Tensor
+    given_BTE: Tensor
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -55,6 +76,9 @@ class Gate:
     tape: RoutingTape
     norm: nn.Module | None = field(default=None, kw_only=True)
     _standing: list[Standing] = field(default_factory=list, init=False, repr=False)
+    _graph: StepGraph[tuple[Asked, tuple[Tensor, Tensor], Tensor | None]] = field(
+        default_factory=StepGraph, init=False, repr=False
+    )
 
     def __call__(self, x_BTD: Tensor) -> Decision:
         """Decides for the hidden states that enter the site, (batch, tokens, width)."""
@@ -72,34 +96,70 @@ class Gate:
         """
         tokens, tape, standing = inputs.tokens, self.tape, self.standing(inputs.tokens)
         rule, share = standing.rule, standing.share
-        scores_BTE, forecast_BTE = self._asked(inputs, standing)
-        weights_BTE = self.weighting(scores_BTE)
-        if isinstance(rule, ExpertSelector):
-            if again is not None:
-                return rule.weighed(again, weights_BTE)
+        decision: Decision
+        if standing.steps and tape.intervention is None and not tape.recorded:
+            asked, decision = self._stepped(inputs, standing)
         else:
+            asked = self._asked(inputs, standing)
+            if again is not None:
+                assert isinstance(rule, ExpertSelector)
+                return rule.weighed(again, asked.weights_BTE)
+            if tape.intervention is None or isinstance(rule, ExpertSelector):
+                decision = rule(asked.given_BTE, asked.weights_BTE, tokens, share)
+            else:
+                decision = tape.intervention(
+                    asked.given_BTE, asked.weights_BTE, self.site, self.weighting, self.selector, tokens, share
+                )
+        self._write(asked, decision, standing)
+        return decision
+
+    def _write(self, asked: Asked, decision: Decision, standing: Standing) -> None:
+        tokens = standing.tokens
+        capacity = None if self.capacity is None or self.kept(tokens) is None else standing.share
+        self.tape.write(
+            RoutingRecord(
+                self.site,
+                asked.scores_BTE,
+                decision,
+                capacity,
+                tokens,
+                standing.rule.candidate_BT(tokens),
+                asked.weights_BTE,
+                asked.forecast_BTE,
+                self.selector,
+            )
+        )
+
+    def _stepped(self, inputs: RouterInputs, standing: Standing) -> tuple[Asked, Decision]:
+        """The same for single tokens: what asks the device nothing is replayed."""
+        rule, tokens, share, norm = standing.rule, standing.tokens, standing.share, self.norm
+        assert isinstance(rule, DepthSelector)
+
+        def ask(x_B1D: Tensor) -> tuple[Asked, tuple[Tensor, Tensor], Tensor | None]:
+            asked = self._asked(replace(inputs, x_BTD=x_B1D), standing)
+            marks = rule.marked(asked.given_BTE, asked.weights_BTE, tokens, share)
+            return asked, marks, None if norm is None or torch.is_grad_enabled() else norm(x_B1D)
+
+        called = (self.router,) if norm is None else (self.router, norm)
+        asked, marks, normed_B1D = self._graph(ask, inputs.x_BTD, called, standing)
+        if isinstance(norm, NormOfToken) and normed_B1D is not None:
+            norm.remember(inputs.x_BTD, normed_B1D)
+        return asked, rule.entering(*marks, tokens, share)
+
+    def _asked(self, inputs: RouterInputs, standing: Standing) -> Asked:
+        """What the router and the weighting say."""
+        scores_BTE, forecast_BTE = self._scored(inputs, standing)
+        weights_BTE = self.weighting(scores_BTE)
+        if not isinstance(standing.rule, ExpertSelector):
             # One rounding, to the dtype the weight multiplies in: what is ranked by weight is ranked as it is used.
             weights_BTE = weights_BTE.to(inputs.x_BTD.dtype)
         given_BTE = self.router.ranks(self.site, scores_BTE, weights_BTE)
-        if rule.reads == "forecast":
+        if standing.rule.reads == "forecast":
             assert forecast_BTE is not None
             given_BTE = forecast_BTE
-        if tape.intervention is None or isinstance(rule, ExpertSelector):
-            decision = rule(given_BTE, weights_BTE, tokens, share)
-        else:
-            decision = tape.intervention(
-                given_BTE, weights_BTE, self.site, self.weighting, self.selector, tokens, share
-            )
-        asked = None if self.capacity is None or self.kept(tokens) is None else share
-        candidate_BT = rule.candidate_BT(tokens)
-        tape.write(
-            RoutingRecord(
-                self.site, scores_BTE, decision, asked, tokens, candidate_BT, weights_BTE, forecast_BTE, self.selector
-            )
-        )
-        return decision
+        return Asked(scores_BTE, forecast_BTE, weights_BTE, given_BTE)
 
-    def _asked(self, inputs: RouterInputs, standing: Standing) -> tuple[Tensor, Tensor | None]:
+    def _scored(self, inputs: RouterInputs, standing: Standing) -> tuple[Tensor, Tensor | None]:
         """The router's scores, and its forecast where one is read."""
         if self.norm is None or not (torch.is_grad_enabled() and inputs.x_BTD.requires_grad):
             return self._ask(inputs.x_BTD, inputs, standing)
@@ -123,7 +183,9 @@ class Gate:
             rule, share = self.selector.rule(tokens.phase), self.share(tokens.progress)
             foresees = self.router.forecasts and (tokens.phase == "train" or rule.reads == "forecast")
             idle = TokenKind.PAD not in tokens.kinds and not self.selector.candidates(tokens)
-            last[:] = [Standing(tokens, rule, share, self.selector.kept(tokens, share), foresees, idle)]
+            alone = tokens.shape[1] == 1 and tokens.phase == "decode" and isinstance(rule, DepthSelector)
+            steps = alone and is_pure(rule) and is_pure(self.router)
+            last[:] = [Standing(tokens, rule, share, self.selector.kept(tokens, share), foresees, idle, steps)]
         return last[0]
 
     def known(self) -> Tokens:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from routing.decision import Decision
-from routing.layer import mixed
+from routing.mixed import mixed
 from routing.tape import RoutingRecord, RoutingTape
 from routing.tokens import Tokens
 

@@ -19,6 +19,7 @@ from routing.gate import Gate
 from routing.gather import take, take_mask
 from routing.layer_cache import routed_kv
 from routing.merge import Merge
+from routing.mixed import mixed
 from routing.positions import CompactPositions
 from routing.tokens import Tokens
 
@@ -241,18 +242,6 @@ class WeightedAttention(nn.Module):
         weight = self.branch.weight
         answer: tuple[Tensor, ...] = super().forward(*args, **kwargs)
         return answer if weight is None else (answer[0] * weight.to(answer[0].dtype), *answer[1:])
-
-
-# One class each: every new class is a new compiled graph.
-_MIXED: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
-
-
-def mixed(mixin: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
-    """``cls`` with a mixin before it, under the same name: Hugging Face and FSDP policies match modules by it."""
-    if (mixin, cls) not in _MIXED:
-        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-        _MIXED[mixin, cls] = type(cls.__name__, (mixin, cls), names)
-    return _MIXED[mixin, cls]
 
 
 def route_layer(

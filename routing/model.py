@@ -6,7 +6,7 @@ from torch import nn
 
 from routing.applied import Routing
 from routing.generation import Generating
-from routing.layer import mixed
+from routing.mixed import mixed
 from routing.saving import Saving
 
 

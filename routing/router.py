@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, Self, cast
 import torch
 from torch import Tensor, nn
 
+from routing.step_graph import is_pure
 from routing.tokens import TokenKind, Tokens
 
 if TYPE_CHECKING:
@@ -48,12 +49,15 @@ class Router(nn.Module, ABC):
     """The module that scores; its parameters live on the model's root, in ``model.routers``.
 
     ``attends`` declares that it needs the attention of the layer before, and which tokens' attention that is;
-    ``normed`` that it reads its layer's input norm; ``forecasts`` that it has a ``forecast``.
+    ``normed`` that it reads its layer's input norm; ``forecasts`` that it has a ``forecast``. ``pure`` declares, of the
+    very class and no subclass, that it makes everything of hidden states, facts about the tokens and tensors of its
+    own, on their device and without chance: then a step of decoding replays it, as a CUDA graph.
     """
 
     attends: Attends = None
     normed: bool = False
     forecasts: bool = False
+    pure: bool = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves with the model, and stays float32 when it is cast: rounded scores tie."""
@@ -111,6 +115,8 @@ def _linear(dim: int, out: int, *, bias: bool, std: float, start: float = 0.0) -
 
 class Float32Router(Router):
     """Runs ``network`` on float32 hidden states outside autocast: bf16 scores tie, and ties route at random."""
+
+    pure = True
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -224,6 +230,7 @@ class TwoHeads(Router):
         super().__init__()
         self.vision, self.text = vision, text
         self.normed, self.attends = vision.normed, vision.attends or text.attends
+        self.pure = is_pure(vision) and is_pure(text)
         if vision.normed != text.normed or {vision.attends, text.attends} == {"last", "all"}:
             raise ValueError(
                 "ModalityRouter: its heads read unlike things, a layer's input or its norm, or the attention of the"

@@ -27,13 +27,16 @@ class Selector(ABC):
     equals one forward if one causal ``rule`` decides in both prefill and decode.
     ``batch_independent``: a row's decision depends on no other row. ``reads``: whether it is given the router's scores,
     or its forecast in their place. ``counts``: where only the data tell how many tokens enter, whether it asks for the
-    number, so that the fullest row fills its slots (but for single tokens of a batch, which get one each).
+    number, so that the fullest row fills its slots (but for single tokens of a batch, which get one each). ``pure``: of
+    the very class and no subclass, what it marks depends on its arguments alone, on their device and without chance, so
+    that a step of decoding replays it, as a CUDA graph.
     """
 
     causal: bool
     batch_independent: bool = True
     reads: str = "scores"  # or "forecast"; a subclass in another file may not know Literal, and the parser asks it
     counts: bool = True
+    pure: bool = False
 
     def rule(self, phase: Phase) -> Selector:
         """What decides in this phase."""
@@ -114,14 +117,24 @@ class DepthSelector(Selector, ABC):
         """Most of ``candidates`` tokens that can enter; None if only the data tell."""
 
     def __call__(self, scores_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens, capacity: float) -> KeptTokens:
+        return self.entering(*self.marked(scores_BTE, weights_BTE, tokens, capacity), tokens, capacity)
+
+    def marked(self, scores_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens, capacity: float) -> tuple[Tensor, Tensor]:
+        """True at the tokens that enter, and the multiplier of every token, both (B, T); asks the device nothing."""
         keep_BT, weight_BT = self.lets_in(scores_BTE, weights_BTE, tokens, capacity), weights_BTE[..., 0]
         if not self.decides_on_all(tokens):
             candidate_BT = self.candidate_BT(tokens)
             keep_BT = keep_BT | (tokens.valid_BT & ~candidate_BT)
             weight_BT = torch.where(candidate_BT, weight_BT, 1.0)
+        return keep_BT, weight_BT
+
+    def entering(self, keep_BT: Tensor, weight_BT: Tensor, tokens: Tokens, capacity: float) -> KeptTokens:
+        """The decision that these are, with as many slots as are known on the host, or as the device says."""
         slots = self.slots(keep_BT, tokens, capacity)
-        if slots == 1 == tokens.shape[1]:
+        if tokens.shape[1] == slots == 1:
             return KeptTokens(tokens.first_B1, keep_BT, weight_BT)
+        if tokens.shape[1] == 1 and not torch.is_grad_enabled():
+            return KeptTokens(tokens.first_B1[:, :0], keep_BT[:, :0], weight_BT)
         return KeptTokens.of(keep_BT, weight_BT, slots)
 
     def lets_in(self, scores_BTE: Tensor, weights_BTE: Tensor, tokens: Tokens, capacity: float) -> Tensor:
@@ -196,6 +209,7 @@ class Threshold(DepthSelector):
 
     p: float = 0.5
     causal = True
+    pure = True
 
     def enters(self, weights_BT: Tensor) -> Tensor:
         """True where a token of that weight enters."""

@@ -172,6 +172,11 @@ class RoutingTape:
             self._whole -= not in_groups
 
     @property
+    def recorded(self) -> bool:
+        """Whether anybody keeps records beyond the forward that they are of."""
+        return bool(self._recordings)
+
+    @property
     def wants_whole_batches(self) -> bool:
         """Whether anybody collects records of all rows of a batch together."""
         return self._whole > 0

@@ -107,7 +107,7 @@ class Routed(nn.Module):
 
     def forward(self, x_1ND: Tensor) -> Tensor:
         self.tape.begin(self.tokens)
-        self.running.inside = Inside(self.tokens, (), 0)
+        self.running.inside = Inside(self.tokens)
         answer: Tensor = self.mlp(x_1ND)
         return answer
 

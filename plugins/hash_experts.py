@@ -45,7 +45,7 @@ class HashRouter(Router):
                 " with input_ids.\nPass those."
             )
         place_BT = (tokens.tile_BT.long() * 4096 + tokens.row_BT.long()) * 4096 + tokens.column_BT.long()
-        key_BT = torch.where(tokens.kind_BT == TokenKind.VISION, ~place_BT, words_BT)
+        key_BT = torch.where(tokens.kind_BT.eq(TokenKind.VISION), ~place_BT, words_BT)
         key_BT = mixed(key_BT + ((self.seed * 512 + inputs.site.layer) * PRIME & MASK))
         first_BT = key_BT % self.experts
         second_BT = (first_BT + 1 + mixed(key_BT) % (self.experts - 1)) % self.experts

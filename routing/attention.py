@@ -116,7 +116,7 @@ class Observer:
 
 def prompt(tokens: Tokens) -> Tensor:
     """True at the real tokens before a row's first answer; bool (B, T)."""
-    answered_BT = (tokens.kind_BT == TokenKind.ANSWER).long().cumsum(1)
+    answered_BT = tokens.kind_BT.eq(TokenKind.ANSWER).long().cumsum(1)
     return tokens.valid_BT & (answered_BT == 0)
 
 

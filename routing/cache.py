@@ -221,10 +221,13 @@ class RoutedKV(DynamicLayer):  # type: ignore[no-untyped-call]
         self._rows(lambda rows: rows[indices])
 
     def _rows(self, pick: Callable[[Tensor], Tensor]) -> None:
-        if self.keys is not None and self.keys.ndim == 4:  # tokens were seen, and none of them may have entered
-            self.keys, self.values = pick(self.keys), pick(self.values)  # type: ignore[arg-type]
+        self._stored_rows(pick)
         if self.valid_BS is not None:
             self.valid_BS = pick(self.valid_BS)
         self._admissions = [
             each if each.index_BK is None else replace(each, index_BK=pick(each.index_BK)) for each in self._admissions
         ]
+
+    def _stored_rows(self, pick: Callable[[Tensor], Tensor]) -> None:
+        if self.keys is not None and self.keys.ndim == 4:  # tokens were seen, and none of them may have entered
+            self.keys, self.values = pick(self.keys), pick(self.values)  # type: ignore[arg-type]

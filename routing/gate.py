@@ -16,7 +16,7 @@ from routing.router import Router, RouterInputs
 from routing.select import DepthSelector, Selector
 from routing.step_graph import StepGraph, is_pure
 from routing.tape import RoutingRecord, RoutingTape, Site
-from routing.tokens import TokenKind, Tokens
+from routing.tokens import Phase, TokenKind, Tokens
 from routing.weighting import Weighting
 
 
@@ -75,7 +75,7 @@ class Gate:
     capacity: CapacitySchedule | None
     tape: RoutingTape
     norm: nn.Module | None = field(default=None, kw_only=True)
-    _standing: list[Standing] = field(default_factory=list, init=False, repr=False)
+    _standing: dict[Phase, Standing] = field(default_factory=dict, init=False, repr=False)
     _graph: StepGraph[tuple[Asked, tuple[Tensor, Tensor], Tensor | None]] = field(
         default_factory=StepGraph, init=False, repr=False
     )
@@ -178,15 +178,16 @@ class Gate:
 
     def standing(self, tokens: Tokens) -> Standing:
         """What is known before anybody is asked; found out once for all steps of decoding, which share their tokens."""
-        last = self._standing
-        if not last or last[0].tokens is not tokens:
+        known = self._standing.get(tokens.phase)
+        if known is None or known.tokens is not tokens:
             rule, share = self.selector.rule(tokens.phase), self.share(tokens.progress)
             foresees = self.router.forecasts and (tokens.phase == "train" or rule.reads == "forecast")
             idle = TokenKind.PAD not in tokens.kinds and not self.selector.candidates(tokens)
             alone = tokens.shape[1] == 1 and tokens.phase == "decode" and isinstance(rule, DepthSelector)
             steps = alone and is_pure(rule) and is_pure(self.router)
-            last[:] = [Standing(tokens, rule, share, self.selector.kept(tokens, share), foresees, idle, steps)]
-        return last[0]
+            known = Standing(tokens, rule, share, self.selector.kept(tokens, share), foresees, idle, steps)
+            self._standing[tokens.phase] = known
+        return known
 
     def known(self) -> Tokens:
         """The facts about the tokens of the forward that runs now."""

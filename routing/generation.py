@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import cast
 
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedConfig, StaticCache
+from transformers import CompileConfig, GenerationConfig, PreTrainedConfig
 
 from routing.applied import Routing
+from routing.compiled_step import Forward, compiled_step
 from routing.gate import Gate
 from routing.layer import RoutedLayer
 from routing.observer import observed
@@ -30,6 +32,7 @@ class Generating(nn.Module):
     routing: Routing
     config: PreTrainedConfig
     generation_config: GenerationConfig
+    _compiled: tuple[int, CompileConfig, Forward] | None = None
 
     def generate(self, inputs: Tensor | None = None, *args: object, **kwargs: object) -> object:
         """See ``transformers.GenerationMixin.generate``.
@@ -40,9 +43,6 @@ class Generating(nn.Module):
         config = cast(GenerationConfig | None, args[0] if args else kwargs.get("generation_config"))
         asked = Asked(kwargs, config or self.generation_config)
         refuse(asked, [part.gate for part in self.modules() if isinstance(part, RoutedLayer | RoutedMLP)])
-        if asked("cache_implementation") == "static" or isinstance(kwargs.get("past_key_values"), StaticCache):
-            # A routed layer counts its slots on the host, which a compiled step would do anew for each length.
-            kwargs.setdefault("disable_compile", True)
         ids, mask = inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get("attention_mask")
         generate: Callable[..., object] = super().generate  # type: ignore[misc, explicit-any]
         if not isinstance(ids, Tensor):
@@ -59,6 +59,19 @@ class Generating(nn.Module):
             facts = observed(ids, mask, cast(int, self.config.image_token_id))
         with tape.answering(whole.shape[1]), tape.about(facts):
             return generate(inputs, *args, **kwargs)
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Forward:
+        """What ``generate`` decodes with after a static cache, on an accelerator or where it is told to.
+
+        Steps in which a whole layer decides run eagerly.
+        """
+        config = compile_config or cast(CompileConfig, self._default_compile_config())  # type: ignore[operator]
+        known = self._compiled
+        if known is None or known[:2] != (id(self), config):  # the copy of a model has its original's
+            force = partial(getattr, self.config.get_text_config(), "_attn_implementation")
+            made = compiled_step(self, self.routing.tape, force, config.to_dict())
+            known = self._compiled = id(self), config, made
+        return known[2]
 
     def _reads_encoded(self) -> bool:
         """Whether pictures may come encoded, as generate() then passes them on chunk by chunk."""

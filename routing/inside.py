@@ -20,7 +20,7 @@ class Inside:
     Args:
         tokens: Facts about the tokens that entered; None where nobody announced any.
         earlier: What was decided before it.
-        seen: Tokens that the model had read before, in a cache.
+        behind: Whether tokens that the model had read before lie in a cache.
         words_BT: Numbers in the vocabulary of the tokens that entered.
         graded: Whether the layer was called with gradients, which reentrant checkpointing takes from its first run.
         decided: What was decided when the layer ran first.
@@ -28,7 +28,7 @@ class Inside:
 
     tokens: Tokens | None
     earlier: tuple[RoutingRecord, ...] = ()
-    seen: int = 0
+    behind: bool = False
     words_BT: Tensor | None = None
     graded: bool = False
     decided: Decision | None = None
@@ -58,7 +58,7 @@ class DecidesInside(nn.Module):
         if tokens is not None and index_BK is not None and valid_BK is not None:  # the layer is routed in depth too
             tokens = tokens.at(index_BK, valid_BK)
             words_BT = None if words_BT is None else words_BT.gather(1, index_BK)
-        inside = Inside(tokens, tuple(self.tape.earlier), self.tape.seen, words_BT, torch.is_grad_enabled())
+        inside = Inside(tokens, tuple(self.tape.earlier), self.tape.behind, words_BT, torch.is_grad_enabled())
         output: Tensor = super().__call__(hidden_states, *cut, inside=inside, **kwargs)
         return output
 

@@ -51,9 +51,8 @@ class TokenObserver:
             if seen and self.tape.prompt is None and self.tape.announced is None:
                 self._refuse_unknown(tokens)
         phase: Phase = "train" if model.training else "decode" if answers else "prefill"
-        self.tape.begin(
-            tokens.during(phase, self.tape.progress if model.training else 1.0), dense=dense, seen=seen, words_BT=ids_BT
-        )
+        tokens = tokens.during(phase, self.tape.progress if model.training else 1.0)
+        self.tape.begin(tokens, dense=dense, behind=seen > 0, words_BT=ids_BT)
 
     def _are_answers(self, seen: int, new: int) -> bool:
         """Whether what follows a cache was generated: a single token is, unless it is known to be of the prompt."""

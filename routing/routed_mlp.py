@@ -97,7 +97,7 @@ class RoutedMLP(nn.Module):
     def decided(self, inputs: RouterInputs, inside: Inside) -> Decision:
         """The decision about this forward's tokens; in a replay, what was decided when it ran first."""
         rule = self.gate.selector.rule(inputs.tokens.phase)
-        if inside.seen and not rule.causal and rule.candidates(inputs.tokens):
+        if inside.behind and not rule.causal and rule.candidates(inputs.tokens):
             raise ValueError(
                 f"Layer {self.gate.site.layer}: under {type(rule).__name__} tokens compete within one forward,"
                 " and earlier ones lie in the cache already.\nAllowed: to read such tokens in one prefill, a"

@@ -238,7 +238,7 @@ class TwoHeads(Router):
             )
 
     def forward(self, inputs: RouterInputs) -> Tensor:
-        vision_BT1 = (inputs.tokens.kind_BT == TokenKind.VISION)[..., None]
+        vision_BT1 = inputs.tokens.kind_BT.eq(TokenKind.VISION)[..., None]
         return torch.where(vision_BT1, self.vision(inputs), self.text(inputs))
 
 

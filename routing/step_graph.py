@@ -5,8 +5,8 @@ Shape suffixes: B batch, D width.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from typing import Generic, TypeVar
 
 import torch
@@ -108,18 +108,26 @@ def _captured(ask: Callable[[Tensor], Answer], x_B1D: Tensor) -> tuple[torch.cud
     given_B1D = x_B1D.clone()
     side.wait_stream(now)
     with torch.cuda.stream(side):
-        ask(given_B1D)
+        _check_asks_nothing(ask, given_B1D)
         graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            answer = ask(given_B1D)
-            graph.capture_end()
-        except RuntimeError as error:
-            with suppress(RuntimeError):  # it says the same again
-                graph.capture_end()
-            raise RuntimeError(
-                "A router or a rule that is declared pure did in a step of decoding what a CUDA graph cannot hold.\n"
-                "Allowed: work on the device alone, without asking it for a number.\nWrite it so, or declare it"
-                " `pure = False`."
-            ) from error
+        answer = ask(given_B1D)
+        graph.capture_end()
     now.wait_stream(side)
     return graph, given_B1D, answer
+
+
+def _check_asks_nothing(ask: Callable[[Tensor], object], x_B1D: Tensor) -> None:
+    """Raises RuntimeError where the host waits for the device, before that breaks a capture and PyTorch's chance."""
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        ask(x_B1D)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "A router or a rule that is declared pure asks the device for a number, in a step of decoding, and a CUDA"
+            " graph cannot hold that.\nAllowed: work on the device alone.\nWrite it so, or declare it `pure = False`."
+        ) from error
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)

@@ -81,7 +81,7 @@ class RoutingRecord:
         if prompt_BT is None and answer_BT is None:
             return None
         in_force_BT = self.decision.routed_BTE(self.tokens.shape[1], 1)[..., 0]
-        answers_BT = self.tokens.kind_BT == TokenKind.ANSWER
+        answers_BT = self.tokens.kind_BT.eq(TokenKind.ANSWER)
         return torch.where(
             answers_BT,
             in_force_BT if answer_BT is None else answer_BT,
@@ -107,7 +107,7 @@ class RoutingTape:
         announced: Facts that the caller knows about the next forwards, or None.
         prompt: Tokens of the prompt that is being answered, read or not, padding included; None if nobody knows.
         tokens: Facts of the forward that runs now, or None between forwards.
-        seen: Tokens before it, in a cache.
+        behind: Whether tokens before it lie in a cache.
         words_BT: Their numbers in the vocabulary.
         dense: Whether no routed layer has anything to decide or to mask in the forward that runs now.
         earlier: Records of the forward that runs now, first layer first.
@@ -120,7 +120,7 @@ class RoutingTape:
         self.announced: Tokens | None = None
         self.prompt: int | None = None
         self.tokens: Tokens | None = None
-        self.seen = 0
+        self.behind = False
         self.words_BT: Tensor | None = None
         self.dense = False
         self.earlier: list[RoutingRecord] = []
@@ -181,9 +181,11 @@ class RoutingTape:
         """Whether anybody collects records of all rows of a batch together."""
         return self._whole > 0
 
-    def begin(self, tokens: Tokens, *, dense: bool = False, seen: int = 0, words_BT: Tensor | None = None) -> None:
+    def begin(
+        self, tokens: Tokens, *, dense: bool = False, behind: bool = False, words_BT: Tensor | None = None
+    ) -> None:
         """A forward starts."""
-        self.seen, self.words_BT = seen, words_BT
+        self.behind, self.words_BT = behind, words_BT
         self.tokens, self.dense, self.earlier, self.attention = tokens, dense, [], {}
 
     def end(self) -> None:

@@ -21,7 +21,10 @@ NOWHERE = -1  # image, tile, row and column of a token that is no image patch
 
 
 class TokenKind(IntEnum):
-    """The part a token plays in a conversation."""
+    """The part a token plays in a conversation.
+
+    Tensors are compared with ``eq`` and ``ne``: a compiler takes ``==`` of a tensor and an enum's member for False.
+    """
 
     PAD = 0
     SYSTEM = 1
@@ -94,9 +97,9 @@ class Tokens:
         """Counts the kinds (free on the CPU, one host sync on an accelerator) and fills in what is not known."""
         kind_BT = kind_BT.to(torch.int8)
         # A patch whose place is unknown is still a patch of image 0, tile 0.
-        image = torch.where(kind_BT == TokenKind.VISION, 0, NOWHERE).to(torch.int16)
+        image = torch.where(kind_BT.eq(TokenKind.VISION), 0, NOWHERE).to(torch.int16)
         nowhere = torch.full_like(image, NOWHERE)
-        counts = torch.stack([(kind_BT == kind).sum(1) for kind in TokenKind], dim=1).tolist()
+        counts = torch.stack([kind_BT.eq(kind).sum(1) for kind in EVERY], dim=1).tolist()
         return cls(
             kind_BT,
             image if image_BT is None else image_BT.to(torch.int16),
@@ -116,7 +119,7 @@ class Tokens:
     @cached_property
     def valid_BT(self) -> Tensor:
         """False on padding."""
-        return self.kind_BT != TokenKind.PAD
+        return self.kind_BT.ne(TokenKind.PAD)
 
     @cached_property
     def first_B1(self) -> Tensor:
@@ -148,7 +151,7 @@ class Tokens:
         if key not in self._masks:
             found = torch.zeros_like(self.valid_BT)
             for kind in key:
-                found = found | (self.kind_BT == kind)
+                found = found | self.kind_BT.eq(kind)
             self._masks[key] = found
         return self._masks[key]
 

@@ -198,4 +198,4 @@ def test_a_part_that_is_declared_pure_and_asks_the_device_is_refused():
     model, _ = routed(ThresholdDepths(routes=EVERY_KIND, router=Spec(Asking)))
     with pytest.raises(RuntimeError, match="declare it `pure = False`"):
         answers(model, 1)
-    assert torch.ones(1, device="cuda").item() == 1
+    assert torch.randn(3, device="cuda").isfinite().all()  # a broken capture would leave the generator capturing

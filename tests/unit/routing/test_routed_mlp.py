@@ -80,7 +80,7 @@ def alone(scores_BTE: Tensor, tokens: Tokens, upcycling: Upcycling = Copies(), n
     mlp = upcycled(network(), gate, running, copy.deepcopy(PHI), upcycling, experts, nulls, residual)
     x_BTD = torch.randn(*tokens.shape, 32, generator=torch.Generator().manual_seed(3))
     tape.begin(tokens)
-    running.inside = Inside(tokens, (), 0)
+    running.inside = Inside(tokens)
     return mlp, x_BTD, mlp(x_BTD)
 
 
@@ -148,7 +148,7 @@ def test_a_residual_branch_is_exact_at_first_and_weighs_the_two_afterwards():
     torch.testing.assert_close(answer_BTD[real], dense[real], atol=1e-5, rtol=1e-5)
     with torch.no_grad():
         mlp.experts.down_proj.zero_(), mlp.experts.down_proj_bias.zero_()
-    mlp.running.inside = Inside(TOKENS, (), 0)
+    mlp.running.inside = Inside(TOKENS)
     share_BT2 = branches.scores_BTE.softmax(-1)
     torch.testing.assert_close(mlp(x_BTD)[real], (share_BT2[..., 1:] * dense)[real], atol=1e-5, rtol=1e-5)
 

@@ -25,9 +25,11 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "roundup_power2_divisions:16")
 
 import torch
 from torch.nn.attention import sdpa_kernel
+from transformers import CompileConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.compiled import BOUNDED, CONFIG, compiled
 from benchmarks.inference_page import Conditions, Result, page
 from benchmarks.settings import SETTINGS, Plan, Setting
 from benchmarks.shares import scale, shift
@@ -83,11 +85,8 @@ METHODS = {
 
 
 @torch.no_grad()
-def measure(subjects: Mapping[str, Subject], setting: Setting, plan: Plan, until: float) -> Result:
+def measure(own: Mapping[str, Subject], setting: Setting, prompt: Prompt, plan: Plan, until: float) -> Result:
     """First what does not vary, then the times, in rounds until another would end too late."""
-    own = {name: subjects[name] for name in setting.methods or subjects}
-    vocabulary = next(iter(own.values())).model.config.image_token_id  # all ids below are words
-    prompt = Prompt.of(setting.rows, setting.vision, setting.text, plan.steps, vocabulary)
     timings = {}
     for name, subject in own.items():
         METHODS[name].fit(subject, prompt)
@@ -128,7 +127,9 @@ def say(line: str) -> None:
     print(f"{time.monotonic() - STARTED:6.1f} s  {line}", flush=True)
 
 
-def compare(shape: str, settings: Sequence[Setting], plan: Plan, out: Path, command: str) -> list[Result]:
+def compare(
+    shape: str, settings: Sequence[Setting], plan: Plan, out: Path, command: str, config: CompileConfig
+) -> list[Result]:
     """Measures one setting after the other; the page is written after each."""
     base = dense_model(shape)
     named = {name: Subject(base, {"routed": m.plugin} if m.plugin else {}) for name, m in METHODS.items()}
@@ -137,12 +138,20 @@ def compare(shape: str, settings: Sequence[Setting], plan: Plan, out: Path, comm
     say(f"{len(named)} models on one set of weights")
     conditions = Conditions(command, bytes_per_ms(), {name: m.says for name, m in METHODS.items()}, plan)
     results: list[Result] = []
+    vocabulary = base.config.image_token_id  # all ids below are words
     began = time.monotonic()
     with sdpa_kernel(KERNELS):
         for number, setting in enumerate(settings, start=1):
+            own = {name: named[name] for name in setting.methods or named}
+            prompt = Prompt.of(setting.rows, setting.vision, setting.text, plan.steps, vocabulary)
             now = time.monotonic()
             until = now + (began + plan.budget - now) / (len(settings) - number + 1)
-            results.append(measure(named, setting, plan, until))
+            result = measure(own, setting, prompt, plan, until)
+            now = time.monotonic()
+            steps = compiled({name: own[name] for name in BOUNDED}, prompt, plan, config)
+            began += time.monotonic() - now  # what the compiler takes is not planned
+            say(f"{setting.title}: compiled, {', '.join(f'{name} in {s.ready_s:.0f} s' for name, s in steps.items())}")
+            results.append(replace(result, compiled=steps))
             out.write_text(page(conditions, results))
     return results
 
@@ -156,7 +165,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/inference.md"), help="page to write")
     args = parser.parse_args()
     settings, command = [SETTINGS[n - 1] for n in args.settings], f"python {shlex.join(sys.argv)}"
-    results = compare(args.shape, settings, replace(PLAN, budget=args.budget), args.out, command)
+    results = compare(args.shape, settings, replace(PLAN, budget=args.budget), args.out, command, CONFIG)
     print(args.out.read_text())
     if wrong := [line for result in results for line in result.miscounted()]:
         raise SystemExit("\n".join(wrong))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import transformers
 
+from benchmarks.compiled import Compiled
 from benchmarks.settings import Plan, Setting
 from benchmarks.subject import DEVICE, Held, Timing
 from lit_modules.routed_vlm import KERNELS
@@ -58,6 +59,7 @@ class Result:
     setting: Setting
     rounds: int
     timings: Mapping[str, Timing]
+    compiled: Mapping[str, Compiled] = field(default_factory=dict)
 
     def over_dense(self, name: str, what: str) -> list[float]:
         """Turn by turn, over the mean of all instances of dense in that turn."""
@@ -72,6 +74,9 @@ class Result:
             for held, when in zip(timing.held, ("the prompt", "all tokens"), strict=True):
                 if held.used != held.counted or (self.setting.rows == 1 and held.measured != held.counted):
                     lines.append(f"{self.setting.title}, {name}, after {when}: {held}")
+        for name, steps in self.compiled.items():
+            if steps.bytes != steps.counted:
+                lines.append(f"{self.setting.title}, {name}, in a static cache: {steps.bytes}, not {steps.counted}")
         return lines
 
 
@@ -81,6 +86,7 @@ def page(conditions: Conditions, results: Sequence[Result]) -> str:
         *_top(conditions),
         *(line for result in results for line in _table(conditions, result)),
         *_verdicts(results),
+        *_compiled(results),
     ]
     return "\n".join(lines)
 
@@ -92,12 +98,13 @@ def _top(conditions: Conditions) -> list[str]:
     return [
         "# Inference: routed against dense",
         "",
-        f"Made by `{conditions.command}` on {device}, torch"
-        f" {torch.__version__}, transformers {transformers.__version__}, bf16, eager, DynamicCache, sdpa pinned to"
-        f" {kernels} and PYTORCH_ALLOC_CONF={os.environ.get('PYTORCH_ALLOC_CONF', '')} for all. The language model"
-        " alone, without the vision tower. Half of the text is a system prompt before the vision tokens, half a"
-        f" question behind them; then {plan.steps} single tokens follow. All tokens are random, every row differs, and"
-        " every method reads the same. All methods share one set of random weights in one process, and take turns:"
+        f"Made by `{conditions.command}` on {device}, torch {torch.__version__}, transformers"
+        f" {transformers.__version__}, bf16, sdpa pinned to {kernels} and"
+        f" PYTORCH_ALLOC_CONF={os.environ.get('PYTORCH_ALLOC_CONF', '')} for all; eager after a DynamicCache, in all"
+        " tables but the last. The language model alone, without the vision tower. Half of the text is a system prompt"
+        f" before the vision tokens, half a question behind them; then {plan.steps} single tokens follow. All tokens"
+        " are random, every row differs, and every method reads the same. All methods share one set of random weights in"
+        " one process, and take turns:"
         f" after each prefill, and every {plan.turn} tokens of decoding.",
         "",
         "Shown are medians (quartiles) of milliseconds, wall-clock from an idle device to an idle device, and of ratios"
@@ -174,10 +181,10 @@ def _verdicts(results: Sequence[Result]) -> list[str]:
         "",
         "A rule that decides about generated tokens asks its router in every routed layer: 9 to 11 "
         "kernels beside the 43 of a dense layer (`python -m pytest -s tests/unit/routing/test_kernels.py` "
-        "counts them on the CPU). With up to four rows the host then asks whether anybody enters, and skips "
-        "a layer that all pass by; with one row that about pays for the asking. In a larger batch every layer runs, "
-        "unasked, and nothing is left to pay with. Rows that keep unlike numbers of tokens leave slots empty, and "
-        "attention then reads a mask.",
+        "counts them on the CPU), most of which are replayed as one CUDA graph (`routing/step_graph.py`). With up to "
+        "four rows the host then asks whether anybody enters, and skips a layer that all pass by, which with one row "
+        "pays for the asking. In a larger batch every layer runs, unasked, and nothing is left to pay with. Rows that "
+        "keep unlike numbers of tokens leave slots empty, and attention then reads a mask.",
         "",
         "| setting | method | decode over dense | target | verdict | key-value bytes equal the count |",
         "| --- | --- | ---: | ---: | --- | --- |",
@@ -191,6 +198,42 @@ def _verdicts(results: Sequence[Result]) -> list[str]:
             verdict = "held" if statistics.median(ratios) <= target else "missed"
             equal = "no" if any(f", {name}, after" in line for line in wrong) else "yes"
             cells = [result.setting.title, name, middle(ratios, 3), str(target), verdict, equal]
+            lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _compiled(results: Sequence[Result]) -> list[str]:
+    lines = [
+        "## The same steps, compiled after a static cache",
+        "",
+        "What `generate(cache_implementation='static')` does on a GPU: inductor's code in one CUDA graph, for dense by"
+        " transformers, for routed models by `routing/compiled_step.py`. Nothing waits for Python. Routed layers take"
+        " as many slots as their rule allows; rules without a bound on a prompt, as gamma-MoD's and MoDification's"
+        " thresholds are, refuse static caches. All slots are read, filled or not yet. Ratios are of one turn; the"
+        " limit is the one above. Ready is what the compiler and the first steps take, for each batch size and length.",
+        "",
+        "| setting | method | decode, ms per token | over eager | **over compiled dense** | limit | target | verdict |"
+        " key-value bytes | counted | ready, s |",
+        f"| --- | --- |{' ---: |' * 5} --- |{' ---: |' * 3}",
+    ]
+    for result in results:
+        for name, steps in result.compiled.items():
+            dense, timing = result.compiled["dense"], result.timings[name]
+            ratios = [own / base for own, base in zip(steps.token_ms, dense.token_ms, strict=True)]
+            target, whole = result.setting.target, name == "dense"
+            cells = [
+                result.setting.title,
+                name,
+                middle(steps.token_ms, 2),
+                f"{statistics.median(steps.token_ms) / statistics.median(timing.token_ms):.3f}",
+                "" if whole else f"**{middle(ratios, 3)}**",
+                f"{timing.token_bytes / result.timings['dense'].token_bytes:.3f}",
+                "" if whole else str(target),
+                "" if whole else "held" if statistics.median(ratios) <= target else "missed",
+                f"{steps.bytes:,} ({steps.bytes / dense.bytes:.3f})",
+                f"{steps.counted:,}",
+                f"{steps.ready_s:.0f}",
+            ]
             lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 

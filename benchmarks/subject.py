@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from lit_modules import FromConfig
 from routing import KeptTokens, RoutingPlugin, RoutingRecord, RoutingTape, TokenKind, Tokens, attach
@@ -146,8 +146,8 @@ class Subject:
 
     def prefill(self, prompt: Prompt) -> float:
         """Reads a prompt into a new cache; milliseconds."""
-        self.cache, self.at = DynamicCache(config=self.model.config), 0
-        return milliseconds(lambda: self._read_prompt(prompt))
+        cache = DynamicCache(config=self.model.config)
+        return milliseconds(lambda: self.read(prompt, cache))
 
     def decode(self, prompt: Prompt, steps: int) -> float:
         """Goes on for some steps; milliseconds per token."""
@@ -157,7 +157,9 @@ class Subject:
         """Gives the cache up."""
         del self.cache
 
-    def _read_prompt(self, prompt: Prompt) -> None:
+    def read(self, prompt: Prompt, cache: Cache) -> None:
+        """Reads a prompt into an empty cache, and goes on from there."""
+        self.cache, self.at = cache, 0
         with self.tape.about(prompt.tokens):
             self._read(prompt.ids_BT)
 

@@ -90,7 +90,7 @@ def _state(modules: Iterable[nn.Module]) -> list[object] | None:
     state: list[object] = []
     for module in modules:
         own = module.__dict__
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or own.get("_compiled_call_impl"):
             return None
         state += (type(module), module.training, *own["_modules"].values())
         for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):

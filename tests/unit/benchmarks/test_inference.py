@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from transformers import CompileConfig
 
 from benchmarks import inference
 from benchmarks.inference import METHODS, compare
@@ -18,7 +19,8 @@ from routing.names import decoder_layers
 TINY = "configs/models/llava_tiny.json"
 SETTINGS = Setting(1, 24, 8), Setting(3, 24, 8)
 LARGE = Setting(2, 8, 4, target=0.75, methods=("dense", "p-MoD"))
-PLAN = Plan(budget=0, steps=4, turn=2)
+PLAN = Plan(budget=0, steps=8, turn=2)
+EAGER = CompileConfig(backend="eager", mode=None, fullgraph=True)
 ROUTED = ("p-MoD", "gamma-MoD", "MoDification", "MoDification, every kind")
 
 
@@ -30,7 +32,7 @@ def base():
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     out = tmp_path_factory.mktemp("inference") / "inference.md"
-    return compare(TINY, SETTINGS, PLAN, out, "python it"), out.read_text()
+    return compare(TINY, SETTINGS, PLAN, out, "python it", EAGER), out.read_text()
 
 
 @pytest.fixture
@@ -53,6 +55,7 @@ def test_every_cache_holds_what_is_counted(measured):
 def test_the_page_has_a_row_for_each_method_and_verdicts_that_follow_from_it(measured):
     results, page = measured
     tables, verdicts = page.split("## Decode over dense")
+    verdicts, compiled = verdicts.split("## The same steps, compiled")
     for result in results:
         assert page.count(f"## {result.setting.title}") == 1
     for name in METHODS:
@@ -62,12 +65,19 @@ def test_the_page_has_a_row_for_each_method_and_verdicts_that_follow_from_it(mea
     for _, name, ratio, target, verdict, equal in rows:
         assert name in ROUTED and equal == "yes |"
         assert verdict == ("held" if float(ratio.split()[0]) <= float(target) else "missed")
+    rows = [line.split(" | ") for line in compiled.splitlines() if line.startswith(("| 1 row", "| 3 rows"))]
+    assert [row[1] for row in rows] == ["dense", "p-MoD"] * len(SETTINGS)
+    for _, name, _, _, ratio, _, target, verdict, held, counted, _ in rows:
+        assert held.split()[0] == counted
+        if name == "p-MoD":
+            assert verdict == ("held" if float(ratio.strip("*").split()[0]) <= float(target) else "missed")
 
 
 def test_every_method_has_as_many_turns(measured):
     for result in measured[0]:
-        assert {len(timing.token_ms) for timing in result.timings.values()} == {result.rounds * 2}
+        assert {len(timing.token_ms) for timing in result.timings.values()} == {result.rounds * PLAN.steps // PLAN.turn}
         assert {len(timing.prefill_ms) for timing in result.timings.values()} == {result.rounds * PLAN.prefills}
+        assert {len(steps.token_ms) for steps in result.compiled.values()} == {PLAN.steps // PLAN.turn - 2}
 
 
 def test_all_methods_share_their_weights_and_the_model_they_come_from_stays_dense(base, subject):
@@ -132,6 +142,7 @@ def test_the_command_writes_the_page(monkeypatch, tmp_path):
     out = tmp_path / "inference.md"
     monkeypatch.setattr(inference, "SETTINGS", (SETTINGS[0], LARGE))
     monkeypatch.setattr(inference, "PLAN", PLAN)
+    monkeypatch.setattr(inference, "CONFIG", EAGER)
     command = ["benchmarks/inference.py", TINY, "--budget", "0", "--settings", "2", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", command)
     inference.main()

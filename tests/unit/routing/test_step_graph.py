@@ -1,0 +1,166 @@
+"""When a decision about single tokens may be replayed, on the CPU; tests/gpu has what replays answer."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from plugins.gamma_depths import AtLeast, SkipOrKeepRouter
+from plugins.random_depths import Draw
+from routing import Forecast, LinearRouter, MaskedThreshold, ModalityRouter, Predicted, Threshold, step_graph
+from routing.router import Float32Router
+from routing.step_graph import WARM, StepGraph, is_pure
+
+
+class Replayed:
+    """In a graph's place: answers anew when it is replayed, from what it was given."""
+
+    def __init__(self, ask, x):
+        self.ask, self.given, self.answer = ask, x.clone(), ask(x).clone()
+        self.replays = 0
+
+    def replay(self):
+        self.replays += 1
+        self.answer.copy_(self.ask(self.given))
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    made = []
+
+    def capture(ask, x):
+        made.append(graph := Replayed(ask, x))
+        return graph, graph.given, graph.answer
+
+    monkeypatch.setattr(step_graph, "_captured", capture)
+    monkeypatch.setattr(step_graph, "_may_replay", lambda x: not torch.is_grad_enabled())
+    return made
+
+
+@torch.no_grad()
+def test_it_is_captured_after_some_calls_and_replayed_from_then_on(captured):
+    linear, graph = nn.Linear(4, 1), StepGraph()
+    for at in range(3 * WARM):
+        x = torch.randn(2, 1, 4)
+        assert torch.equal(graph(linear, x, [linear], "facts"), linear(x))
+        assert len(captured) == (at >= WARM)
+    assert captured[0].replays == 2 * WARM
+
+
+def renewed(linear):
+    linear.weight = nn.Parameter(torch.randn(1, 4))
+
+
+def put_in(linear):
+    linear.child = nn.Identity()
+
+
+CHANGES = {
+    "another parameter": renewed,
+    "another child": put_in,
+    "evaluation": nn.Module.eval,
+    "other facts": None,
+    "more rows": None,
+    "another dtype": None,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_what_changes_is_captured_anew(change, captured):
+    linear, graph = nn.Linear(4, 1), StepGraph()
+    facts, x = "facts", torch.randn(2, 1, 4)
+    for at in range(4 * WARM):
+        if at == 2 * WARM:
+            if CHANGES[change] is not None:
+                CHANGES[change](linear)
+            facts = "others" if change == "other facts" else facts
+            x = torch.randn(3, 1, 4) if change == "more rows" else x
+            if change == "another dtype":
+                linear, x = linear.double(), x.double()
+        assert torch.equal(graph(linear, x, [linear], facts), linear(x))
+    assert len(captured) == 2
+    assert [each.replays for each in captured] == [WARM, WARM]
+
+
+@torch.no_grad()
+def test_values_that_change_in_place_are_seen(captured):
+    linear, graph, x = nn.Linear(4, 1), StepGraph(), torch.randn(2, 1, 4)
+    for _ in range(3 * WARM):
+        linear.weight.mul_(1.5)
+        assert torch.equal(graph(linear, x, [linear], None), linear(x))
+    assert len(captured) == 1
+
+
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "forward", "compiled", "subclass of tensors"])
+@torch.no_grad()
+def test_modules_that_do_more_than_their_class_says_are_called(how, captured):
+    linear, graph, calls = nn.Linear(4, 1), StepGraph(), []
+
+    def put():
+        if how == "hook":
+            linear.register_forward_hook(lambda *args: calls.append(1))
+        elif how == "pre-hook":
+            linear.register_forward_pre_hook(lambda *args: calls.append(1))
+        elif how == "compiled":
+            linear._compiled_call_impl = lambda x: calls.append(1) or nn.Linear.forward(linear, x)
+        elif how == "forward":
+            linear.forward = lambda x: calls.append(1) or nn.Linear.forward(linear, x)
+        else:
+            Counting.calls = calls
+            linear.weight = nn.Parameter(linear.weight.as_subclass(Counting))
+
+    for at in range(4 * WARM):
+        if at == 2 * WARM:
+            put()
+        graph(linear, torch.randn(2, 1, 4), [linear], None)
+    assert len(captured) == 1 and captured[0].replays == WARM
+    assert len(calls) >= 2 * WARM
+
+
+class Counting(torch.Tensor):
+    calls: list
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is nn.functional.linear:
+            cls.calls.append(1)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_with_gradients_it_is_called(captured):
+    linear, graph = nn.Linear(4, 1), StepGraph()
+    for _ in range(3 * WARM):
+        assert graph(linear, torch.randn(2, 1, 4), [linear], None).requires_grad
+    assert not captured
+
+
+@torch.no_grad()
+def test_copies_capture_for_themselves(captured):
+    linear, graph, x = nn.Linear(4, 1), StepGraph(), torch.randn(2, 1, 4)
+    for _ in range(2 * WARM):
+        graph(linear, x, [linear], None)
+    for other in (copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
+        other(linear, x, [linear], None)
+    assert len(captured) == 1
+
+
+class Derived(Float32Router):
+    """Says nothing of its own."""
+
+
+class Stricter(Threshold):
+    """Likewise."""
+
+
+def test_routers_and_rules_say_of_themselves_alone_whether_they_are_pure():
+    routers = {LinearRouter(): True, ModalityRouter(): True, Predicted(): True, Draw(): False}
+    routers[ModalityRouter(LinearRouter(), Draw())] = False
+    for spec, pure in routers.items():
+        assert is_pure(spec.build(8, 1)) == pure, spec
+    assert is_pure(SkipOrKeepRouter(8)) and not is_pure(Derived(nn.Linear(8, 1)))
+    for rule, pure in {Threshold(): True, AtLeast(): True, Forecast(): True, Stricter(): False}.items():
+        assert is_pure(rule) == pure, rule
+    assert not is_pure(MaskedThreshold())

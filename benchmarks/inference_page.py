@@ -103,8 +103,8 @@ def _top(conditions: Conditions) -> list[str]:
         f" PYTORCH_ALLOC_CONF={os.environ.get('PYTORCH_ALLOC_CONF', '')} for all; eager after a DynamicCache, in all"
         " tables but the last. The language model alone, without the vision tower. Half of the text is a system prompt"
         f" before the vision tokens, half a question behind them; then {plan.steps} single tokens follow. All tokens"
-        " are random, every row differs, and every method reads the same. All methods share one set of random weights in"
-        " one process, and take turns:"
+        " are random, every row differs, and every method reads the same. All methods share one set of random weights"
+        " in one process, and take turns:"
         f" after each prefill, and every {plan.turn} tokens of decoding.",
         "",
         "Shown are medians (quartiles) of milliseconds, wall-clock from an idle device to an idle device, and of ratios"

@@ -39,8 +39,9 @@ TEXT = """## What to do instead
   the right is right at every real token, and so are steps after it that are taken by hand, with `attention_mask` and
   `position_ids` of one's own.
 - **Static caches** need a rule that bounds how many tokens enter, such as `ExpertChoice`; thresholds have none. A
-  routed layer takes as many slots as the bound and the later tokens need, and runs eagerly: `disable_compile=True` is
-  set where nothing else was asked.
+  routed layer takes as many slots as the bound and the later tokens need. On a GPU transformers compiles the steps that
+  follow, and so it is here where no whole layer decides about answers: one CUDA graph, experts included. Other steps
+  run eagerly, as do the first one and all that are recorded; `disable_compile=True` has all of them do.
 - **Chunks**: under a rule that ranks, one chunk must hold all tokens that are ranked with each other, such as all
   pictures of the batch. Rules that read what a prompt attends to (`FastV`, `PyramidDrop`, `AttentionDepths`)
   need the prompt in one piece. transformers 5.17 reads no picture when the prompt comes in chunks, in the dense model

@@ -79,7 +79,7 @@ class RoutedKV(DynamicLayer):  # type: ignore[no-untyped-call]
             holes: Whether a slot of ``new`` may be empty, known on the host.
             ranked_BT: True at those that were ranked among each other, if any were.
         """
-        self.seen += tokens
+        self._read(tokens)
         slots, more = self.slots, tokens if new is None else new.index_BK.shape[1]
         if self._filled is None and holes:
             assert new is not None
@@ -91,9 +91,13 @@ class RoutedKV(DynamicLayer):  # type: ignore[no-untyped-call]
             start = self.seen - tokens
             self._admissions.append(Admission(start, self.seen, slots, after, new.index_BK, ranked_BT))
 
+    def _read(self, tokens: int) -> None:
+        self.seen += tokens
+
     def pass_by(self, tokens: int) -> None:
         """Takes note of tokens none of which enters, nor could have if fewer of them had come."""
-        start, self.seen = self.seen, self.seen + tokens
+        start = self.seen
+        self._read(tokens)
         last = self._admissions[-1] if self._admissions else None
         if last is not None and last.end == start and last.index_BK is None:
             start = self._admissions.pop().start
@@ -124,7 +128,7 @@ class RoutedKV(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def step(self, attention: Callable[[], str], dtype: torch.dtype) -> Tensor | None:
         """Takes note of a token of each row that enters unasked: ``admit`` and ``mask`` at once."""
-        self.seen += 1
+        self._read(1)
         if self._filled is None:
             return None
         self._filled.add(None, 1)

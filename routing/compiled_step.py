@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import Cache
+from transformers import Cache, CompileConfig
 
 from routing.static_cache import RoutedStaticKV
 from routing.tape import RoutingTape
@@ -17,9 +17,7 @@ Forward = Callable[..., object]  # type: ignore[explicit-any]
 MASKED = ("sdpa", "eager")  # attention implementations that read a mask of all slots
 
 
-def compiled_step(
-    model: nn.Module, tape: RoutingTape, attention: Callable[[], str], options: dict[str, object]
-) -> Forward:
+class CompiledStep:
     """Calls a model whose forward is compiled where no whole layer has anything to decide, and runs eagerly elsewhere.
 
     Hooks of the model itself run eagerly, around its forward, and with them whatever tells routed layers about their
@@ -30,40 +28,58 @@ def compiled_step(
         model: A routed model.
         tape: Its tape.
         attention: Tells the name of the decoder's attention implementation.
-        options: Keyword arguments of ``torch.compile``.
+        config: How it is compiled.
     """
-    eager = model.forward
 
-    def unrecorded(*args: object, **kwargs: object) -> object:
-        tape.earlier = []  # no outputs of the graph, as what began before it would be
-        output: object = eager(*args, **kwargs)
-        tape.earlier = []
-        return output
+    def __init__(
+        self, model: nn.Module, tape: RoutingTape, attention: Callable[[], str], config: CompileConfig
+    ) -> None:
+        self.model, self.tape, self.attention, self.config = model, tape, attention, config
+        self.own = _own_forward(model)
+        eager = self._eager = model.forward
 
-    compiled = torch.compile(unrecorded, **options)  # type: ignore[call-overload]
-    known: Tokens | None = None
+        def unrecorded(*args: object, **kwargs: object) -> object:
+            tape.earlier = []  # no outputs of the graph, as what began before it would be
+            output: object = eager(*args, **kwargs)
+            tape.earlier = []
+            return output
 
-    def forward(*args: object, **kwargs: object) -> object:
-        nonlocal known
-        held, first = _held(kwargs.get("past_key_values")), tape.tokens is not known
-        if first or not tape.dense or tape.recorded or attention() not in MASKED:
-            known = tape.tokens
-            return eager(*args, **kwargs)
-        if not all([layer.ready() for layer in held]):
-            return eager(*args, **kwargs)
-        output: object = compiled(*args, **kwargs)
+        self._compiled: Forward = torch.compile(unrecorded, **config.to_dict())
+        self._known: Tokens | None = None
+
+    def __deepcopy__(self, memo: dict[int, object]) -> None:
+        """The copy of a model compiles its own."""
+
+    def fits(self, config: CompileConfig) -> bool:
+        """Whether it does what is asked, and the model's forward is still the one that was compiled."""
+        return self.config == config and self.own is _own_forward(self.model)
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        self.model.forward = self._forward
+        try:
+            return self.model(*args, **kwargs)
+        finally:
+            if self.own is None:
+                del self.model.forward
+            else:
+                self.model.forward = self.own
+
+    def _forward(self, *args: object, **kwargs: object) -> object:
+        tape, held = self.tape, _held(kwargs.get("past_key_values"))
+        first, self._known = tape.tokens is not self._known, tape.tokens
+        as_ever = first or not tape.dense or tape.recorded or self.attention() not in MASKED
+        if as_ever or not all([layer.ready() for layer in held]):
+            return self._eager(*args, **kwargs)
+        output: object = self._compiled(*args, **kwargs)
         for layer in held:
             layer.stepped()
         return output
 
-    def call(*args: object, **kwargs: object) -> object:
-        model.forward = forward
-        try:
-            return model(*args, **kwargs)
-        finally:
-            del model.forward
 
-    return call
+def _own_forward(model: nn.Module) -> Forward | None:
+    """A forward that somebody put on the model itself, before its class's."""
+    own: Forward | None = vars(model).get("forward")
+    return own
 
 
 def _held(cache: object) -> list[RoutedStaticKV]:

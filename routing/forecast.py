@@ -43,7 +43,8 @@ class PredictedRouter(ForecastingRouter):
 
     def __init__(self, scorer: Router, predictor: Router) -> None:
         super().__init__(scorer)
-        self.predictor, self.pure = predictor, is_pure(scorer) and is_pure(predictor)
+        self.predictor = predictor
+        self.pure = type(self) is PredictedRouter and is_pure(scorer) and is_pure(predictor)
 
     def forecast(self, inputs: RouterInputs, scores_BTE: Tensor) -> Tensor:
         forecast_BT1: Tensor = self.predictor(replace(inputs, x_BTD=inputs.x_BTD.detach()))
@@ -89,7 +90,7 @@ class CalibratedRouter(ForecastingRouter):
 
     def __init__(self, scorer: Router) -> None:
         super().__init__(scorer)
-        self.pure = is_pure(scorer)
+        self.pure = type(self) is CalibratedRouter and is_pure(scorer)
         self.register_buffer("cut_L", torch.zeros(MOST_LAYERS, dtype=torch.float32))
         self.register_buffer("measured_L", torch.zeros(MOST_LAYERS, dtype=torch.bool))
         self._unasked: set[int] | None = None
@@ -103,11 +104,14 @@ class CalibratedRouter(ForecastingRouter):
         """From now on tokens of this layer enter whose score exceeds ``cut``."""
         self.cut_L[checked_layer(layer)] = cut
         self.measured_L[layer] = True
-        self._unasked = None
+        self._unasked = self._unmeasured()  # a step that is replayed later may not ask
+
+    def _unmeasured(self) -> set[int]:
+        return {layer for layer, measured in enumerate(self.measured_L.tolist()) if not measured}
 
     def _warn_unless_measured(self, inputs: RouterInputs) -> None:
         if self._unasked is None:  # the host asks the device once, not in every forward
-            self._unasked = {layer for layer, measured in enumerate(self.measured_L.tolist()) if not measured}
+            self._unasked = self._unmeasured()
         if inputs.site.layer in self._unasked:
             self._unasked.remove(inputs.site.layer)
             warnings.warn(  # names no layer, so that Python says it once for all of them
@@ -119,7 +123,7 @@ class CalibratedRouter(ForecastingRouter):
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._unasked = None
+        self._unasked = None if self.measured_L.is_meta else self._unmeasured()
 
 
 def checked_layer(layer: int) -> int:

@@ -60,6 +60,9 @@ class Asked:
     given_BTE: Tensor
 
 
+Step = tuple[Asked, tuple[Tensor, Tensor], Tensor | None]  # with what the rule marks, and what the norm made of it
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Gate:
     """A router, a weighting, a selector and a capacity at one site; the only writer of the tape.
@@ -76,9 +79,7 @@ class Gate:
     tape: RoutingTape
     norm: nn.Module | None = field(default=None, kw_only=True)
     _standing: dict[Phase, Standing] = field(default_factory=dict, init=False, repr=False)
-    _graph: StepGraph[tuple[Asked, tuple[Tensor, Tensor], Tensor | None]] = field(
-        default_factory=StepGraph, init=False, repr=False
-    )
+    _graph: StepGraph[Step] = field(default_factory=StepGraph, init=False, repr=False)
 
     def __call__(self, x_BTD: Tensor) -> Decision:
         """Decides for the hidden states that enter the site, (batch, tokens, width)."""
@@ -135,15 +136,16 @@ class Gate:
         rule, tokens, share, norm = standing.rule, standing.tokens, standing.share, self.norm
         assert isinstance(rule, DepthSelector)
 
-        def ask(x_B1D: Tensor) -> tuple[Asked, tuple[Tensor, Tensor], Tensor | None]:
+        def ask(x_B1D: Tensor) -> Step:
             asked = self._asked(replace(inputs, x_BTD=x_B1D), standing)
             marks = rule.marked(asked.given_BTE, asked.weights_BTE, tokens, share)
-            return asked, marks, None if norm is None or torch.is_grad_enabled() else norm(x_B1D)
+            return asked, marks, norm.known(x_B1D) if isinstance(norm, NormOfToken) else None
 
         called = (self.router,) if norm is None else (self.router, norm)
-        asked, marks, normed_B1D = self._graph(ask, inputs.x_BTD, called, standing)
-        if isinstance(norm, NormOfToken) and normed_B1D is not None:
-            norm.remember(inputs.x_BTD, normed_B1D)
+        (asked, marks, normed_B1D), replayed = self._graph(ask, inputs.x_BTD, called, standing)
+        if replayed and isinstance(norm, NormOfToken) and normed_B1D is not None:
+            # The layer's own modules get it, whose hooks may keep it; the next replay writes over what the graph holds.
+            norm.remember(inputs.x_BTD, normed_B1D.clone())
         return asked, rule.entering(*marks, tokens, share)
 
     def _asked(self, inputs: RouterInputs, standing: Standing) -> Asked:
@@ -184,7 +186,7 @@ class Gate:
             foresees = self.router.forecasts and (tokens.phase == "train" or rule.reads == "forecast")
             idle = TokenKind.PAD not in tokens.kinds and not self.selector.candidates(tokens)
             alone = tokens.shape[1] == 1 and tokens.phase == "decode" and isinstance(rule, DepthSelector)
-            steps = alone and is_pure(rule) and is_pure(self.router)
+            steps = alone and all(map(is_pure, (self.router, self.weighting, rule)))
             known = Standing(tokens, rule, share, self.selector.kept(tokens, share), foresees, idle, steps)
             self._standing[tokens.phase] = known
         return known

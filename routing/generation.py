@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CompileConfig, GenerationConfig, PreTrainedConfig
 
 from routing.applied import Routing
-from routing.compiled_step import Forward, compiled_step
+from routing.compiled_step import CompiledStep, Forward
 from routing.gate import Gate
 from routing.layer import RoutedLayer
 from routing.observer import observed
@@ -32,7 +32,7 @@ class Generating(nn.Module):
     routing: Routing
     config: PreTrainedConfig
     generation_config: GenerationConfig
-    _compiled: tuple[int, CompileConfig, Forward] | None = None
+    _compiled: CompiledStep | None = None
 
     def generate(self, inputs: Tensor | None = None, *args: object, **kwargs: object) -> object:
         """See ``transformers.GenerationMixin.generate``.
@@ -66,12 +66,10 @@ class Generating(nn.Module):
         Steps in which a whole layer decides run eagerly.
         """
         config = compile_config or cast(CompileConfig, self._default_compile_config())  # type: ignore[operator]
-        known = self._compiled
-        if known is None or known[:2] != (id(self), config):  # the copy of a model has its original's
+        if self._compiled is None or not self._compiled.fits(config):
             force = partial(getattr, self.config.get_text_config(), "_attn_implementation")
-            made = compiled_step(self, self.routing.tape, force, config.to_dict())
-            known = self._compiled = id(self), config, made
-        return known[2]
+            self._compiled = CompiledStep(self, self.routing.tape, force, config)
+        return self._compiled
 
     def _reads_encoded(self) -> bool:
         """Whether pictures may come encoded, as generate() then passes them on chunk by chunk."""

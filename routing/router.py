@@ -114,13 +114,16 @@ def _linear(dim: int, out: int, *, bias: bool, std: float, start: float = 0.0) -
 
 
 class Float32Router(Router):
-    """Runs ``network`` on float32 hidden states outside autocast: bf16 scores tie, and ties route at random."""
+    """Runs ``network`` on float32 hidden states outside autocast: bf16 scores tie, and ties route at random.
 
-    pure = True
+    Args:
+        network: From hidden states to scores.
+        pure: Whether that is so of the network, too.
+    """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, pure: bool = False) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.pure = network, pure and type(self) is Float32Router
 
     def forward(self, inputs: RouterInputs) -> Tensor:
         return in_float32(self.network, inputs.x_BTD)
@@ -162,7 +165,7 @@ class LinearRouter(RouterSpec):
             raise ValueError(f"{self}: start is the bias's, and there is none. Give bias: true, or start: 0.")
 
     def build(self, dim: int, experts: int) -> Router:
-        return Float32Router(_linear(dim, experts, bias=self.bias, std=self.std, start=self.start))
+        return Float32Router(_linear(dim, experts, bias=self.bias, std=self.std, start=self.start), pure=True)
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,8 @@ class MLPRouter(RouterSpec):
 
     def build(self, dim: int, experts: int) -> Router:
         first = _linear(dim, self.hidden, bias=True, std=0.02)
-        return Float32Router(nn.Sequential(first, nn.GELU(), _linear(self.hidden, experts, bias=True, std=self.std)))
+        last = _linear(self.hidden, experts, bias=True, std=self.std)
+        return Float32Router(nn.Sequential(first, nn.GELU(), last), pure=True)
 
 
 class FixedScores(RouterSpec):
@@ -230,7 +234,7 @@ class TwoHeads(Router):
         super().__init__()
         self.vision, self.text = vision, text
         self.normed, self.attends = vision.normed, vision.attends or text.attends
-        self.pure = is_pure(vision) and is_pure(text)
+        self.pure = type(self) is TwoHeads and is_pure(vision) and is_pure(text)
         if vision.normed != text.normed or {vision.attends, text.attends} == {"last", "all"}:
             raise ValueError(
                 "ModalityRouter: its heads read unlike things, a layer's input or its norm, or the attention of the"

@@ -41,11 +41,8 @@ class RoutedStaticKV(RoutedKV):  # type: ignore[no-untyped-call]
     is_compileable = True
 
     def __init__(self, room: int, length: int) -> None:
-        self.stored: tuple[Tensor, Tensor] | None = None
         super().__init__()
-        self.room, self.max_cache_len, self.used = room, length, 0
-        self._device: OnDevice | None = None
-        self._told = False  # whether the device knows what the host does
+        self.room, self.max_cache_len = room, length
 
     @property
     def slots(self) -> int:
@@ -71,7 +68,9 @@ class RoutedStaticKV(RoutedKV):  # type: ignore[no-untyped-call]
 
     def _empty(self, none: Tensor | None) -> None:
         assert none is None, "what is stored has its own memory"
-        self.stored, self.used = None, 0
+        self.stored: tuple[Tensor, Tensor] | None = None
+        self._device: OnDevice | None = None
+        self.used, self._told = 0, False  # told: whether the device knows what the host does
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -84,7 +83,7 @@ class RoutedStaticKV(RoutedKV):  # type: ignore[no-untyped-call]
             self.lazy_initialization(key_states, value_states)
         keys, values = self._buffers()
         keys[:, :, held : held + more], values[:, :, held : held + more] = key_states, value_states
-        self.used, self._told = held + more, False
+        self.used = held + more
         return keys[:, :, : self.used], values[:, :, : self.used]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -93,6 +92,9 @@ class RoutedStaticKV(RoutedKV):  # type: ignore[no-untyped-call]
             states.new_zeros(*states.shape[:2], self.room, states.shape[-1]) for states in (key_states, value_states)
         )
         self.stored, self.is_initialized = (_fixed(keys), _fixed(values)), True
+        at_1, read = (torch.zeros(shape, dtype=torch.long, device=keys.device) for shape in (1, ()))
+        open_B11S = torch.zeros(len(keys), 1, 1, self.room, dtype=torch.bool, device=keys.device)
+        self._device = OnDevice(_fixed(at_1), _fixed(read), _fixed(open_B11S))
 
     def _buffers(self) -> tuple[Tensor, Tensor]:
         assert self.stored is not None
@@ -105,36 +107,35 @@ class RoutedStaticKV(RoutedKV):  # type: ignore[no-untyped-call]
                 f" {self.room} slots.\nAllowed: as many tokens as it was made for.\nMake a longer one (max_cache_len)."
             )
 
+    def _read(self, tokens: int) -> None:
+        super()._read(tokens)
+        self._told = False
+
     def ready(self) -> bool:
         """Tells the device what the host knows; False where the next step cannot be a compiled one."""
-        if self.stored is None:
+        if self._device is None:
             return False
         self._check_room(1)
         if not self._told:
-            self._tell(self.stored[0])
+            self._tell(self._device)
+        self._told = False  # until the step is done: one that breaks off leaves the device nobody knows where
         return True
 
-    def _tell(self, keys: Tensor) -> None:
-        if self._device is None:
-            made = torch.zeros(2, dtype=torch.long, device=keys.device)
-            open_B11S = torch.zeros(len(keys), 1, 1, self.room, dtype=torch.bool, device=keys.device)
-            self._device = OnDevice(_fixed(made[:1].clone()), _fixed(made[1].clone()), _fixed(open_B11S))
-        self._device.at_1.fill_(self.used)
-        self._device.read.fill_(self.seen)
+    def _tell(self, device: OnDevice) -> None:
+        device.at_1.fill_(self.used)
+        device.read.fill_(self.seen)
         valid_BS = self.valid_BS
-        self._device.open_B11S.fill_(False)[..., : self.used] = True if valid_BS is None else valid_BS[:, None, None]
-        self._told = True
+        device.open_B11S.fill_(False)[..., : self.used] = True if valid_BS is None else valid_BS[:, None, None]
 
     def stepped(self) -> None:
         """Takes note of what a compiled step did."""
-        self.seen += 1
-        self.used += 1
+        self._read(1)
+        self.used, self._told = self.used + 1, True
         if self._filled is not None:
             self._filled.add(None, 1)
 
     def step(self, attention: Callable[[], str], dtype: torch.dtype) -> Tensor | None:
         if not torch.compiler.is_compiling():
-            self._told = False
             return super().step(attention, dtype)
         assert self._device is not None
         self._device.open_B11S.index_fill_(3, self._device.at_1, True)
@@ -161,10 +162,6 @@ class RoutedStaticKV(RoutedKV):  # type: ignore[no-untyped-call]
     def get_max_length(self) -> int:
         return self.max_cache_len
 
-    def reset(self) -> None:
-        super().reset()
-        self._told = False
-
     def _keep(self, slots: int) -> None:
         self.used, self._told = min(slots, self.used), False
         if self.valid_BS is not None:
@@ -176,8 +173,8 @@ class RoutedStaticKV(RoutedKV):  # type: ignore[no-untyped-call]
             return
         picked = tuple(map(pick, self.stored))
         if picked[0].shape != self.stored[0].shape:
-            self.stored, self._device = (_fixed(picked[0]), _fixed(picked[1])), None
-            return
+            self.lazy_initialization(*picked)
+            assert self.stored is not None
         for buffer, rows in zip(self.stored, picked, strict=True):
             buffer.copy_(rows)
 

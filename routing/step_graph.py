@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as everywhere
 
 Answer = TypeVar("Answer")
 WARM = 3  # calls before one is captured: a short answer pays for none, and libraries have made their workspaces
@@ -46,17 +47,20 @@ class StepGraph(Generic[Answer]):
 
     def __call__(
         self, ask: Callable[[Tensor], Answer], x_B1D: Tensor, called: Iterable[nn.Module], facts: object
-    ) -> Answer:
-        """What ``ask(x_B1D)`` is.
+    ) -> tuple[Answer, bool]:
+        """What ``ask(x_B1D)`` is, and whether that was replayed.
 
         Args:
             ask: The function.
             x_B1D: Hidden states of one token of each row.
             called: Modules that it calls.
             facts: What else it depends on, compared by ``==``.
+
+        Raises:
+            RuntimeError: the function asks the device for a number.
         """
         if not _may_replay(x_B1D):
-            return ask(x_B1D)
+            return ask(x_B1D), False
         state = _state(self._modules)
         if self._key != (facts, x_B1D.shape, x_B1D.dtype, x_B1D.device, state):
             self._modules = [part for module in called for part in module.modules()]
@@ -65,13 +69,13 @@ class StepGraph(Generic[Answer]):
             self._calls, self._captured = 0, None
         self._calls += 1
         if state is None or self._calls <= WARM:
-            return ask(x_B1D)
+            return ask(x_B1D), False
         if self._captured is None:
             self._captured = _captured(ask, x_B1D)
         graph, given_B1D, answer = self._captured
         given_B1D.copy_(x_B1D)
         graph.replay()
-        return answer
+        return answer, True
 
 
 def _may_replay(x: Tensor) -> bool:
@@ -82,6 +86,8 @@ def _may_replay(x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cuda")
         and not torch.cuda.is_current_stream_capturing()
+        and not everywhere._global_forward_hooks
+        and not everywhere._global_forward_pre_hooks
     )
 
 
@@ -104,14 +110,17 @@ def _captured(ask: Callable[[Tensor], Answer], x_B1D: Tensor) -> tuple[torch.cud
     """The graph, what it is given, and what it answers."""
     # Not `torch.cuda.graph`, which collects all garbage first: in every layer that would take a second.
     graph, now = torch.cuda.CUDAGraph(), torch.cuda.current_stream(x_B1D.device)
-    side = _SIDE.setdefault(x_B1D.device, torch.cuda.Stream(x_B1D.device))  # type: ignore[no-untyped-call]
-    given_B1D = x_B1D.clone()
+    if x_B1D.device not in _SIDE:
+        _SIDE[x_B1D.device] = torch.cuda.Stream(x_B1D.device)  # type: ignore[no-untyped-call]
+    side, given_B1D = _SIDE[x_B1D.device], x_B1D.clone()
     side.wait_stream(now)
     with torch.cuda.stream(side):
         _check_asks_nothing(ask, given_B1D)
         graph.capture_begin(capture_error_mode="thread_local")
-        answer = ask(given_B1D)
-        graph.capture_end()
+        try:
+            answer = ask(given_B1D)
+        finally:
+            graph.capture_end()
     now.wait_stream(side)
     return graph, given_B1D, answer
 
@@ -125,9 +134,12 @@ def _check_asks_nothing(ask: Callable[[Tensor], object], x_B1D: Tensor) -> None:
     try:
         ask(x_B1D)
     except RuntimeError as error:
+        if "synchronizing CUDA operation" not in str(error):
+            raise
         raise RuntimeError(
-            "A router or a rule that is declared pure asks the device for a number, in a step of decoding, and a CUDA"
-            " graph cannot hold that.\nAllowed: work on the device alone.\nWrite it so, or declare it `pure = False`."
+            "A router, a weighting or a rule that is declared pure asks the device for a number, in a step of decoding,"
+            " and a CUDA graph cannot hold that.\nAllowed: work on the device alone.\nWrite it so, or declare it"
+            " `pure = False`."
         ) from error
     finally:
         torch.cuda.set_sync_debug_mode(mode)

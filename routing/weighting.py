@@ -12,10 +12,12 @@ from torch import Tensor
 class Weighting(ABC):
     """Scores -> weights, position by position or over the experts; float32 in, float32 out, both (B, T, E).
 
-    ``signed``: whether weights may be negative, so that their sum is no scale to divide by.
+    ``signed``: whether weights may be negative, so that their sum is no scale to divide by. ``pure``: of the very class
+    and no subclass, that it is made of the scores alone, on their device and without chance.
     """
 
     signed: bool = False
+    pure: bool = False
 
     @abstractmethod
     def __call__(self, scores_BTE: Tensor) -> Tensor: ...
@@ -25,6 +27,8 @@ class Weighting(ABC):
 class Sigmoid(Weighting):
     """1 / (1 + exp(-score)), in (0, 1)."""
 
+    pure = True
+
     def __call__(self, scores_BTE: Tensor) -> Tensor:
         return scores_BTE.sigmoid()
 
@@ -33,6 +37,8 @@ class Sigmoid(Weighting):
 class Unweighted(Weighting):
     """1 for every token: scores rank, and multiply nothing."""
 
+    pure = True
+
     def __call__(self, scores_BTE: Tensor) -> Tensor:
         return torch.ones_like(scores_BTE)
 
@@ -40,6 +46,8 @@ class Unweighted(Weighting):
 @dataclass(frozen=True)
 class Softmax(Weighting):
     """Over the experts of a token; sums to 1."""
+
+    pure = True
 
     def __call__(self, scores_BTE: Tensor) -> Tensor:
         return scores_BTE.softmax(-1)
@@ -50,6 +58,7 @@ class Unbounded(Weighting):
     """1 + score, of any size and sign: p-MoD's code without an activation (``mod_weight_norm`` none)."""
 
     signed = True
+    pure = True
 
     def __call__(self, scores_BTE: Tensor) -> Tensor:
         return scores_BTE + 1.0
@@ -64,6 +73,7 @@ class TanhNorm(Weighting):
     """
 
     scale: float = 0.2
+    pure = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.scale < 1:

@@ -174,14 +174,18 @@ def test_a_loop_without_generate_and_with_gradients(replays, monkeypatch):
 
 
 class Asking(Float32Router):
-    pure = True
+    def __init__(self, network):
+        super().__init__(network)
+        self.pure = True
 
     def forward(self, inputs):
         return super().forward(inputs) * float(inputs.x_BTD.abs().max() > -1)
 
 
 class AskingUndeclared(Asking):
-    """A subclass declares nothing of what its base did."""
+    def __init__(self, network):
+        super().__init__(network)
+        self.pure = False
 
 
 @dataclass(frozen=True)

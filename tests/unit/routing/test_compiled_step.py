@@ -1,7 +1,10 @@
 """Steps of decoding that are compiled, after a static cache: one graph, and what the eager ones answer."""
 
 import copy
+import gc
+import weakref
 from collections import Counter
+from functools import wraps
 
 import pytest
 import torch
@@ -14,7 +17,19 @@ from plugins.mixture_of_depths import MixtureOfDepths
 from plugins.mixture_of_experts import MixtureOfExperts
 from plugins.progressive_depths import ProgressiveDepths
 from plugins.short_v import ShortV
-from routing import All, ExpertChoice, LinearRouter, SelectBy, Threshold, TokenKind, attach, stored
+from routing import (
+    All,
+    AllOrNothing,
+    ExpertChoice,
+    LinearRouter,
+    RoutedKV,
+    SelectBy,
+    Threshold,
+    TokenKind,
+    Tokens,
+    attach,
+    stored,
+)
 from tests.tiny import IMAGE, padded, row, tiny_llava
 
 ROWS = [row(1, 9), row(0, 6, seed=1), row(2, 4, seed=2), row(1, 3, seed=3, first_text=5)]
@@ -39,14 +54,17 @@ class Graphs:
     """A backend that runs graphs as they are, and counts its own and their runs."""
 
     def __init__(self):
-        self.made, self.runs = 0, 0
+        self.made, self.runs, self.breaks = 0, 0, False
 
     def __call__(self, graph, inputs):
         self.made += 1
 
         def run(*args):
+            output = graph(*args)
+            if self.breaks:
+                raise KeyboardInterrupt
             self.runs += 1
-            return graph(*args)
+            return output
 
         return run
 
@@ -88,13 +106,12 @@ def compiling(graphs):
 def test_all_steps_are_one_graph_and_answer_as_eager_ones_do(name, attention, graphs):
     model, batch = routed(PLUGINS[name], attention), prompt(3)
     how = {**GREEDY, "max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True}
-    with model.routing.tape.about(None):
-        want = model.generate(**batch, **how)
-        for times in (1, 2):
-            got = model.generate(**batch, **how, cache_implementation="static", **compiling(graphs))
-            assert torch.equal(got.sequences, want.sequences)
-            torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=1e-5, rtol=1e-5)
-            assert (graphs.made, graphs.runs) == (1, 5 * times - 1)  # the first of all steps was eager
+    want = model.generate(**batch, **how)
+    for times in (1, 2):
+        got = model.generate(**batch, **how, cache_implementation="static", **compiling(graphs))
+        assert torch.equal(got.sequences, want.sequences)
+        torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=1e-5, rtol=1e-5)
+        assert (graphs.made, graphs.runs) == (1, 5 * times - 1)  # the first of all steps was eager
     for one, other in zip(stored(got.past_key_values), stored(want.past_key_values), strict=True):
         assert one.slots >= other.slots and one.filled == other.filled
 
@@ -152,6 +169,94 @@ def test_steps_in_which_layers_decide_and_steps_that_are_recorded_run_eagerly(gr
     assert Counter(record.scores_BTE.shape[1] for record in records)[1] == 3 * len(model.routing.gates)
 
 
+class Turns:
+    """The same tokens to a model with a dynamic cache, and to its compiled steps with a static one."""
+
+    def __init__(self, model, graphs, length):
+        self.model, self.step = model, model.get_compiled_call(compiling(graphs)["compile_config"])
+        self.static = StaticCache(config=model.config.get_text_config(), max_cache_len=length)
+        self.dynamic = DynamicCache()
+
+    def read(self, **inputs):
+        for cache in (self.dynamic, self.static):
+            self.model(**inputs, past_key_values=cache)
+
+    def agree(self):
+        token = {"input_ids": torch.full((1, 1), 9)}
+        want = self.model(**token, past_key_values=self.dynamic).logits
+        torch.testing.assert_close(self.step(**token, past_key_values=self.static).logits, want, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_chunk_that_nobody_enters_may_come_between_compiled_steps(graphs):
+    nobody = SelectBy(ExpertChoice(), *[AllOrNothing()] * 2)
+    model = routed({"depth": MixtureOfDepths(placement=All(), selector=nobody)})
+    turns, ids = Turns(model, graphs, 60), prompt(2)["input_ids"][1:, -7:]
+    first, chunk = ids.shape[1], 4
+    with model.routing.tape.answering(first):
+        turns.read(input_ids=ids)
+        for _ in range(3):
+            turns.agree()
+    kinds = torch.full((1, first + 3 + chunk), int(TokenKind.QUESTION))
+    kinds[:, -chunk:] = int(TokenKind.VISION)
+    with model.routing.tape.about(Tokens.of(kinds)), model.routing.tape.answering(kinds.shape[1]):
+        turns.read(input_ids=torch.full((1, chunk), 11))
+        for _ in range(3):
+            turns.agree()
+    assert graphs.runs == 5
+
+
+@torch.no_grad()
+def test_a_compiled_step_that_breaks_off_is_taken_anew(graphs):
+    model = routed({"depth": P_MOD})
+    turns, ids = Turns(model, graphs, 60), prompt(2)["input_ids"][1:, -7:]
+    with model.routing.tape.answering(7):
+        turns.read(input_ids=ids)
+        for _ in range(3):
+            turns.agree()
+        graphs.breaks = True
+        dense = [layer for layer in turns.static.layers if not isinstance(layer, RoutedKV)]
+        read = [layer.cumulative_length.clone() for layer in dense]
+        with pytest.raises(KeyboardInterrupt):
+            turns.step(input_ids=torch.full((1, 1), 9), past_key_values=turns.static)
+        for layer, before in zip(dense, read, strict=True):  # transformers' own go on
+            layer.cumulative_length.copy_(before)
+        graphs.breaks = False
+        for _ in range(2):
+            turns.agree()
+
+
+@torch.no_grad()
+def test_a_cache_that_was_reset_takes_a_prompt_that_needs_another_room(graphs):
+    model = routed({"depth": P_MOD})
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=80)
+    for images in (1, 2):
+        batch = padded([row(images, 9)])
+        del batch["labels"]
+        cache.reset()
+        how = {**GREEDY, "max_new_tokens": 5}
+        got = model.generate(**batch, **how, past_key_values=cache, **compiling(graphs))
+        assert torch.equal(got, model.generate(**batch, **how))
+    assert graphs.made == 2
+
+
+@torch.no_grad()
+def test_a_forward_that_somebody_put_on_the_model_stays_and_is_called(graphs):
+    model, batch, calls = routed({"depth": P_MOD}), prompt(2), []
+    how = {**GREEDY, "max_new_tokens": 5, "cache_implementation": "static", **compiling(graphs)}
+    before, forward = model.generate(**batch, **how), model.forward
+
+    @wraps(forward)
+    def counting(*args, **kwargs):
+        calls.append(1)
+        return forward(*args, **kwargs)
+
+    model.forward = counting
+    assert torch.equal(model.generate(**batch, **how), before)
+    assert model.forward is counting
+    assert len(calls) >= 3  # the prompt, an eager step, and a trace
+
+
 @torch.no_grad()
 def test_a_copy_of_a_model_compiles_its_own_steps(graphs):
     model, batch = routed({"depth": P_MOD}), prompt(2)
@@ -162,6 +267,10 @@ def test_a_copy_of_a_model_compiles_its_own_steps(graphs):
     assert not torch.equal(other.generate(**batch, **how), before)
     assert torch.equal(model.generate(**batch, **how), before)
     assert "forward" not in vars(model)
+    other, gone = copy.deepcopy(model), weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 @torch.no_grad()

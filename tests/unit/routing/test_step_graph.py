@@ -2,28 +2,54 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
+from dataclasses import fields, is_dataclass
 
 import pytest
 import torch
 from torch import nn
 
-from plugins.gamma_depths import AtLeast, SkipOrKeepRouter
+from plugins.gamma_depths import AtLeast, GammaDepths, SkipOrKeepRouter
 from plugins.random_depths import Draw
-from routing import Forecast, LinearRouter, MaskedThreshold, ModalityRouter, Predicted, Threshold, step_graph
+from routing import (
+    Calibrated,
+    Forecast,
+    LinearRouter,
+    MaskedThreshold,
+    MLPRouter,
+    ModalityRouter,
+    Predicted,
+    Sigmoid,
+    TanhNorm,
+    Threshold,
+    TwoHeads,
+    attach,
+    step_graph,
+)
+from routing.forecast import CalibratedRouter
 from routing.router import Float32Router
 from routing.step_graph import WARM, StepGraph, is_pure
+from tests.tiny import padded, row, tiny_llava
 
 
 class Replayed:
-    """In a graph's place: answers anew when it is replayed, from what it was given."""
+    """In a graph's place: answers anew when it is replayed, from what it was given, and in the same memory."""
 
     def __init__(self, ask, x):
-        self.ask, self.given, self.answer = ask, x.clone(), ask(x).clone()
-        self.replays = 0
+        self.ask, self.given, self.answer, self.replays = ask, x.clone(), ask(x), 0
 
     def replay(self):
         self.replays += 1
-        self.answer.copy_(self.ask(self.given))
+        for held, new in zip(tensors(self.answer), tensors(self.ask(self.given)), strict=True):
+            held.copy_(new)
+
+
+def tensors(answer):
+    if isinstance(answer, torch.Tensor):
+        return [answer]
+    if is_dataclass(answer):
+        answer = tuple(getattr(answer, field.name) for field in fields(answer))
+    return [tensor for part in answer for tensor in tensors(part)] if isinstance(answer, tuple) else []
 
 
 @pytest.fixture
@@ -44,7 +70,8 @@ def test_it_is_captured_after_some_calls_and_replayed_from_then_on(captured):
     linear, graph = nn.Linear(4, 1), StepGraph()
     for at in range(3 * WARM):
         x = torch.randn(2, 1, 4)
-        assert torch.equal(graph(linear, x, [linear], "facts"), linear(x))
+        answer, replayed = graph(linear, x, [linear], "facts")
+        assert torch.equal(answer, linear(x)) and replayed == (at >= WARM)
         assert len(captured) == (at >= WARM)
     assert captured[0].replays == 2 * WARM
 
@@ -80,17 +107,17 @@ def test_what_changes_is_captured_anew(change, captured):
             x = torch.randn(3, 1, 4) if change == "more rows" else x
             if change == "another dtype":
                 linear, x = linear.double(), x.double()
-        assert torch.equal(graph(linear, x, [linear], facts), linear(x))
+        assert torch.equal(graph(linear, x, [linear], facts)[0], linear(x))
     assert len(captured) == 2
     assert [each.replays for each in captured] == [WARM, WARM]
 
 
 @torch.no_grad()
-def test_values_that_change_in_place_are_seen(captured):
+def test_values_that_change_in_place_need_no_other_capture(captured):
     linear, graph, x = nn.Linear(4, 1), StepGraph(), torch.randn(2, 1, 4)
     for _ in range(3 * WARM):
         linear.weight.mul_(1.5)
-        assert torch.equal(graph(linear, x, [linear], None), linear(x))
+        graph(linear, x, [linear], None)
     assert len(captured) == 1
 
 
@@ -133,7 +160,7 @@ class Counting(torch.Tensor):
 def test_with_gradients_it_is_called(captured):
     linear, graph = nn.Linear(4, 1), StepGraph()
     for _ in range(3 * WARM):
-        assert graph(linear, torch.randn(2, 1, 4), [linear], None).requires_grad
+        assert graph(linear, torch.randn(2, 1, 4), [linear], None)[0].requires_grad
     assert not captured
 
 
@@ -151,16 +178,73 @@ class Derived(Float32Router):
     """Says nothing of its own."""
 
 
+class Sampling(TwoHeads):
+    """Likewise."""
+
+
+class Noisy(CalibratedRouter):
+    """Likewise."""
+
+
 class Stricter(Threshold):
     """Likewise."""
 
 
-def test_routers_and_rules_say_of_themselves_alone_whether_they_are_pure():
-    routers = {LinearRouter(): True, ModalityRouter(): True, Predicted(): True, Draw(): False}
-    routers[ModalityRouter(LinearRouter(), Draw())] = False
+class Flat(Sigmoid):
+    """Likewise."""
+
+
+def test_routers_weightings_and_rules_say_of_themselves_alone_whether_they_are_pure():
+    routers = {LinearRouter(): True, MLPRouter(): True, ModalityRouter(): True, Predicted(): True, Calibrated(): True}
+    routers |= {Draw(): False, ModalityRouter(LinearRouter(), Draw()): False, Predicted(Draw()): False}
     for spec, pure in routers.items():
         assert is_pure(spec.build(8, 1)) == pure, spec
-    assert is_pure(SkipOrKeepRouter(8)) and not is_pure(Derived(nn.Linear(8, 1)))
-    for rule, pure in {Threshold(): True, AtLeast(): True, Forecast(): True, Stricter(): False}.items():
-        assert is_pure(rule) == pure, rule
-    assert not is_pure(MaskedThreshold())
+    one, other = (LinearRouter().build(8, 1) for _ in range(2))
+    assert is_pure(SkipOrKeepRouter(8))
+    for router in (
+        Derived(nn.Linear(8, 1), pure=True),
+        Float32Router(nn.Linear(8, 1)),
+        Sampling(one, other),
+        Noisy(one),
+    ):
+        assert not is_pure(router)
+    rules = {Threshold(): True, AtLeast(): True, Forecast(): True, Stricter(): False, MaskedThreshold(): False}
+    for part, pure in (rules | {Sigmoid(): True, TanhNorm(): True, Flat(): False}).items():
+        assert is_pure(part) == pure, part
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("replaying", [False, True])
+def test_a_hook_on_a_norm_that_a_router_reads_is_applied_once(replaying, request):
+    """With records a decision is taken as ever, and so it is with hooks."""
+    if replaying:
+        request.getfixturevalue("captured")
+    model = tiny_llava().eval()
+    tape = attach(model, {"depth": GammaDepths()})
+    for parameter in model.routers.parameters():
+        nn.init.normal_(parameter)
+    batch = {name: value for name, value in padded([row(1, 9)]).items() if name != "labels"}
+    logits = []
+    for layer in model.get_decoder().layers:
+        layer.input_layernorm.register_forward_hook(lambda module, args, output: output * 1.5)
+    for recording in (tape.recording, nullcontext):
+        cache = model(**batch).past_key_values
+        with recording():
+            steps = [model(input_ids=torch.full((1, 1), 9 + at), past_key_values=cache) for at in range(2 * WARM)]
+        logits.append(torch.stack([step.logits for step in steps]))
+    assert torch.equal(*logits)
+
+
+@torch.no_grad()
+def test_what_a_layer_is_given_is_not_written_over(captured):
+    model = tiny_llava().eval()
+    attach(model, {"depth": GammaDepths()})
+    batch = {name: value for name, value in padded([row(1, 9)]).items() if name != "labels"}
+    given = []
+    for layer in model.get_decoder().layers:
+        layer.self_attn.q_proj.register_forward_pre_hook(lambda module, args: given.append((args[0], args[0].clone())))
+    cache = model(**batch).past_key_values
+    for at in range(3 * WARM):
+        model(input_ids=torch.full((1, 1), 9 + at), past_key_values=cache)
+    assert captured and len(given) > 8 * WARM
+    assert all(torch.equal(now, then) for now, then in given)

@@ -207,7 +207,7 @@ def _compiled(results: Sequence[Result]) -> list[str]:
         "## The same steps, compiled after a static cache",
         "",
         "What `generate(cache_implementation='static')` does on a GPU: inductor's code in one CUDA graph, for dense by"
-        " transformers, for routed models by `routing/compiled_step.py`. Nothing waits for Python. Routed layers take"
+        " transformers, for routed models by `routing/compiled_step.py`. Little waits for Python. Routed layers take"
         " as many slots as their rule allows; rules without a bound on a prompt, as gamma-MoD's and MoDification's"
         " thresholds are, refuse static caches. All slots are read, filled or not yet. Ratios are of one turn; the"
         " limit is the one above. Ready is what the compiler and the first steps take, for each batch size and length.",

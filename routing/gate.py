@@ -139,13 +139,14 @@ class Gate:
         def ask(x_B1D: Tensor) -> Step:
             asked = self._asked(replace(inputs, x_BTD=x_B1D), standing)
             marks = rule.marked(asked.given_BTE, asked.weights_BTE, tokens, share)
-            return asked, marks, norm.known(x_B1D) if isinstance(norm, NormOfToken) else None
+            # The tensor stays and its values change, so that nothing may be remembered of it.
+            return asked, marks, norm.forget(x_B1D) if isinstance(norm, NormOfToken) else None
 
         called = (self.router,) if norm is None else (self.router, norm)
         (asked, marks, normed_B1D), replayed = self._graph(ask, inputs.x_BTD, called, standing)
-        if replayed and isinstance(norm, NormOfToken) and normed_B1D is not None:
+        if isinstance(norm, NormOfToken) and normed_B1D is not None:
             # The layer's own modules get it, whose hooks may keep it; the next replay writes over what the graph holds.
-            norm.remember(inputs.x_BTD, normed_B1D.clone())
+            norm.remember(inputs.x_BTD, normed_B1D.clone() if replayed else normed_B1D)
         return asked, rule.entering(*marks, tokens, share)
 
     def _asked(self, inputs: RouterInputs, standing: Standing) -> Asked:

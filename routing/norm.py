@@ -29,9 +29,10 @@ class NormOfToken(nn.Module):
         own["answer"] = (x, y)
         return y
 
-    def known(self, x: Tensor) -> Tensor | None:
-        """What it made of x, if that was the last it was asked and the layer has not asked for it since."""
-        return self.answer[1] if self.answer is not None and self.answer[0] is x else None
+    def forget(self, x: Tensor) -> Tensor | None:
+        """What it made of x, which it remembers no longer; None if it did not."""
+        known, self.__dict__["answer"] = self.answer, None
+        return known[1] if known is not None and known[0] is x else None
 
     def remember(self, x: Tensor, y: Tensor) -> None:
         """Takes note that it makes y of x."""

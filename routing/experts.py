@@ -112,11 +112,15 @@ def _batched(x_ECD: Tensor, each: Map) -> Tensor:
     return x_ECD @ weight_EDF if each.bias is None else torch.baddbmm(each.bias[:, None], x_ECD, weight_EDF)
 
 
+def _in_one(dtype: torch.dtype, shape: torch.Size) -> bool:
+    """Whether PyTorch has that product; its rows begin at multiples of 16 bytes."""
+    types = (torch.bfloat16,) if torch.compiler.is_compiling() else (torch.bfloat16, torch.float16, torch.float32)
+    return dtype in types and all(n * dtype.itemsize % 16 == 0 for n in shape[1:])
+
+
 def _product(x_SD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
     """Rows of each expert times its matrix, in one product, or in transformers' loop where PyTorch has none."""
-    types = (torch.bfloat16,) if torch.compiler.is_compiling() else (torch.bfloat16, torch.float16, torch.float32)
-    # Its rows begin at multiples of 16 bytes.
-    if x_SD.dtype in types and all(n * x_SD.element_size() % 16 == 0 for n in weight_EDF.shape[1:]):
+    if _in_one(x_SD.dtype, weight_EDF.shape):
         return F.grouped_mm(x_SD, weight_EDF, offs=ends_E)
     looped: Tensor = torch.ops.transformers.grouped_mm_fallback(x_SD, weight_EDF, offs=ends_E)
     return looped
@@ -139,10 +143,14 @@ def grouped_mm(
     A product leaves nobody's rows unwritten, forward and backward, and they may be NaN: no product reads them, and they
     are masked where they would come to a token or a bias.
 
-    At inference, a few tokens that meet about every expert are given to all: the weights are read once either way.
+    At inference, a few tokens that meet about every expert are given to all: the weights are read once either way. So
+    are few tokens in a compiled step where the product is a loop, which asks the device: a CUDA graph cannot hold that.
     """
-    if not torch.is_grad_enabled() and len(expert_NK) <= FEW and expert_NK.numel() >= 2 * experts.num_experts:
-        return _by_all(experts, x_ND, expert_NK, weight_NK)
+    if not torch.is_grad_enabled() and len(expert_NK) <= FEW:
+        up_EDF = experts.weights(x_ND.dtype)[0].weight if torch.compiler.is_compiling() else None
+        loops = up_EDF is not None and not _in_one(up_EDF.dtype, up_EDF.shape)
+        if loops or expert_NK.numel() >= 2 * experts.num_experts:
+            return _by_all(experts, x_ND, expert_NK, weight_NK)
     order, (up, down) = Order.of(expert_NK, experts.num_experts, skips), experts.weights(x_ND.dtype)
     places = order.order_S, order.place_NK, order.nobody_NK1, order.taken_1
     x_SD = Sorted.apply(x_ND.to(up.weight.dtype), *places)  # type: ignore[no-untyped-call]

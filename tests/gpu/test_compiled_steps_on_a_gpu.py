@@ -14,22 +14,27 @@ PLUGINS = {"depth": ProgressiveDepths(router=LinearRouter(std=0.5)), "width": Mi
 STEPS = 10
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("names", [["depth"], ["depth", "width"]])
 @torch.no_grad()
-def test_compiled_steps_answer_as_eager_ones_do(names):
+def test_compiled_steps_answer_as_eager_ones_do(names, dtype):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = tiny_llava().eval()
     attach(model, {name: PLUGINS[name] for name in names})
-    model.cuda()
+    model.to("cuda", dtype)
     batch = {name: value.cuda() for name, value in padded(ROWS, "left").items() if name != "labels"}
+    batch["pixel_values"] = batch["pixel_values"].to(dtype)
     how = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     how |= {"return_dict_in_generate": True, "output_logits": True}
     want = model.generate(**batch, **how)
     for _ in range(2):
         got = model.generate(**batch, **how, cache_implementation="static")
-        assert torch.equal(got.sequences, want.sequences)
-        torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=1e-3, rtol=1e-3)
+        if dtype is torch.float32:  # in bf16 another word may be as good
+            assert torch.equal(got.sequences, want.sequences)
+            torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=1e-3, rtol=1e-3)
+        else:
+            torch.testing.assert_close(torch.stack(got.logits[:3]), torch.stack(want.logits[:3]), atol=0.2, rtol=0.1)
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["inductor"]["cudagraph_skips"] and not counters["graph_break"]

@@ -210,7 +210,8 @@ def _compiled(results: Sequence[Result]) -> list[str]:
         " transformers, for routed models by `routing/compiled_step.py`. Little waits for Python. Routed layers take"
         " as many slots as their rule allows; rules without a bound on a prompt, as gamma-MoD's and MoDification's"
         " thresholds are, refuse static caches. All slots are read, filled or not yet. Ratios are of one turn; the"
-        " limit is the one above. Ready is what the compiler and the first steps take, for each batch size and length.",
+        " limit is the one above, and a ratio may be lower: a masked product with all slots is further from it than the"
+        " rest. Ready is what the compiler and the first steps take, for each batch size and length.",
         "",
         "| setting | method | decode, ms per token | over eager | **over compiled dense** | limit | target | verdict |"
         " key-value bytes | counted | ready, s |",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -70,7 +71,8 @@ class CompiledStep:
         as_ever = first or not tape.dense or tape.recorded or self.attention() not in MASKED
         if as_ever or not all([layer.ready() for layer in held]):
             return self._eager(*args, **kwargs)
-        output: object = self._compiled(*args, **kwargs)
+        with _stepping(held):
+            output: object = self._compiled(*args, **kwargs)
         for layer in held:
             layer.stepped()
         return output
@@ -80,6 +82,17 @@ def _own_forward(model: nn.Module) -> Forward | None:
     """A forward that somebody put on the model itself, before its class's."""
     own: Forward | None = vars(model).get("forward")
     return own
+
+
+@contextmanager
+def _stepping(held: Iterable[RoutedStaticKV]) -> Iterator[None]:
+    for layer in held:
+        layer.stepping = True
+    try:
+        yield
+    finally:
+        for layer in held:
+            layer.stepping = False
 
 
 def _held(cache: object) -> list[RoutedStaticKV]:

@@ -56,9 +56,7 @@ class CompactPositions:
                 numbers_1N = torch.arange(2 * max(slots, AT_LEAST), device=x_B1D.device)[None]
                 angles: tuple[Tensor, ...] = self.rotary(x_B1D.new_empty(1), position_ids=numbers_1N)
                 table_NAD = self._angles[key] = torch.stack(angles, dim=2)[0]
-        if isinstance(before, int):
-            return table_NAD[None, before : before + 1].unbind(2)
-        found_BKAD = table_NAD.index_select(0, before[:, 0])[:, None]  # which takes half of what an index takes
+        found_BKAD = table_NAD[None, before : before + 1] if isinstance(before, int) else table_NAD[before]
         return found_BKAD.unbind(2)
 
 

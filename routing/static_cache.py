@@ -36,13 +36,16 @@ class RoutedStaticKV(RoutedKV):  # type: ignore[no-untyped-call]
     What runs eagerly is shown the filled part, whose length is known on the host. A compiled step, of one token of each
     row that enters unasked, works on all slots, and finds on the device which of them is next and which hold a token,
     so that all steps run one graph; whoever calls it says so before (``ready``) and after (``stepped``).
+
+    Attributes:
+        stepping: Whether such a step runs now.
     """
 
     is_compileable = True
 
     def __init__(self, room: int, length: int) -> None:
         super().__init__()
-        self.room, self.max_cache_len = room, length
+        self.room, self.max_cache_len, self.stepping = room, length, False
 
     @property
     def slots(self) -> int:
@@ -75,7 +78,7 @@ class RoutedStaticKV(RoutedKV):  # type: ignore[no-untyped-call]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        if torch.compiler.is_compiling():
+        if self.stepping:
             return self._update_all(key_states, value_states)
         held, more = self.used, key_states.shape[-2]
         self._check_room(more)
@@ -91,10 +94,10 @@ class RoutedStaticKV(RoutedKV):  # type: ignore[no-untyped-call]
         keys, values = (
             states.new_zeros(*states.shape[:2], self.room, states.shape[-1]) for states in (key_states, value_states)
         )
-        self.stored, self.is_initialized = (_fixed(keys), _fixed(values)), True
+        self.stored, self.is_initialized = (keys, values), True
         at_1, read = (torch.zeros(shape, dtype=torch.long, device=keys.device) for shape in (1, ()))
         open_B11S = torch.zeros(len(keys), 1, 1, self.room, dtype=torch.bool, device=keys.device)
-        self._device = OnDevice(_fixed(at_1), _fixed(read), _fixed(open_B11S))
+        self._device = OnDevice(at_1, read, open_B11S)
 
     def _buffers(self) -> tuple[Tensor, Tensor]:
         assert self.stored is not None
@@ -122,6 +125,8 @@ class RoutedStaticKV(RoutedKV):  # type: ignore[no-untyped-call]
         return True
 
     def _tell(self, device: OnDevice) -> None:
+        for tensor in (*self._buffers(), device.at_1, device.read, device.open_B11S):
+            torch._dynamo.mark_static_address(tensor)  # CUDA graphs read and write it where it lies
         device.at_1.fill_(self.used)
         device.read.fill_(self.seen)
         valid_BS = self.valid_BS
@@ -135,7 +140,7 @@ class RoutedStaticKV(RoutedKV):  # type: ignore[no-untyped-call]
             self._filled.add(None, 1)
 
     def step(self, attention: Callable[[], str], dtype: torch.dtype) -> Tensor | None:
-        if not torch.compiler.is_compiling():
+        if not self.stepping:
             return super().step(attention, dtype)
         assert self._device is not None
         self._device.open_B11S.index_fill_(3, self._device.at_1, True)
@@ -151,7 +156,7 @@ class RoutedStaticKV(RoutedKV):  # type: ignore[no-untyped-call]
         return keys, values
 
     def get_seq_length(self) -> int:
-        if not torch.compiler.is_compiling():
+        if not self.stepping:
             return self.seen
         assert self._device is not None
         return self._device.read  # type: ignore[return-value]  # as transformers' own static layers do
@@ -177,9 +182,3 @@ class RoutedStaticKV(RoutedKV):  # type: ignore[no-untyped-call]
             assert self.stored is not None
         for buffer, rows in zip(self.stored, picked, strict=True):
             buffer.copy_(rows)
-
-
-def _fixed(tensor: Tensor) -> Tensor:
-    """A tensor that stays where it is, as CUDA graphs need to know."""
-    torch._dynamo.mark_static_address(tensor)
-    return tensor

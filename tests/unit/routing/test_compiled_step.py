@@ -240,6 +240,19 @@ def test_a_cache_that_was_reset_takes_a_prompt_that_needs_another_room(graphs):
     assert graphs.made == 2
 
 
+@pytest.mark.parametrize("disable", [True, False])
+@torch.no_grad()
+def test_layers_that_somebody_compiled_answer_after_a_static_cache(disable, graphs):
+    model, batch = routed({"depth": P_MOD}), prompt(2)
+    how = {**GREEDY, "max_new_tokens": 5}
+    want = model.generate(**batch, **how)
+    for layer in model.get_decoder().layers:
+        layer.compile(backend="eager")
+    static = {"cache_implementation": "static", **compiling(graphs), "disable_compile": disable}
+    assert torch.equal(model.generate(**batch, **how, **static), want)
+    assert bool(graphs.runs) != disable
+
+
 @torch.no_grad()
 def test_a_forward_that_somebody_put_on_the_model_stays_and_is_called(graphs):
     model, batch, calls = routed({"depth": P_MOD}), prompt(2), []

@@ -36,9 +36,7 @@ class Compiled:
 
 
 @torch.no_grad()
-def compiled(
-    subjects: Mapping[str, Subject], prompt: Prompt, plan: Plan, config: CompileConfig = CONFIG
-) -> dict[str, Compiled]:
+def compiled(subjects: Mapping[str, Subject], prompt: Prompt, plan: Plan, config: CompileConfig) -> dict[str, Compiled]:
     """The same steps, each method in a graph of its own; they take turns after two that nobody times."""
     torch._dynamo.reset()
     runs = {name: Steps(subject, prompt, config) for name, subject in subjects.items()}

@@ -11,7 +11,7 @@ import transformers
 
 from benchmarks.expert_cases import WITHIN, Gap
 from benchmarks.expert_layers import METHODS, OURS, E, K, Shape
-from benchmarks.inference_page import AGAIN, middle
+from benchmarks.inference_page import AGAIN, middle, verdict
 from benchmarks.subject import DEVICE
 from routing.tokens import Phase
 
@@ -258,7 +258,6 @@ def _verdicts(results: Sequence[Result]) -> list[str]:
 def _verdict(result: Result, key: tuple[str, str], others: Sequence[str], target: float) -> str:
     ratios, over = result.over(key, others), "dense" if "dense" in others else others[0]
     limit = result.limit() if over == "dense" else None
-    verdict = "held" if ratios and statistics.median(ratios) <= target else "missed"
     cells = (
         result.setting.title,
         key[1],
@@ -266,7 +265,7 @@ def _verdict(result: Result, key: tuple[str, str], others: Sequence[str], target
         middle(ratios, 3) if ratios else "not measured",
         "" if limit is None else f"{limit:.3f}",
         f"{target:.2f}",
-        verdict,
+        verdict(ratios, target) if ratios else "missed",
     )
     return f"| {' | '.join(cells)} |"
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
+from routing import LinearRouter, Site, TwoHeads, Unscored
 from routing.observer import lengthened
+from routing.router import RouterInputs
 from routing.tokens import TokenKind, Tokens
 
 V, Q, A, PAD = TokenKind.VISION, TokenKind.QUESTION, TokenKind.ANSWER, TokenKind.PAD
@@ -71,3 +77,31 @@ def test_the_unknown_stays_unknown() -> None:
 def test_shapes_are_checked(facts: dict[str, torch.Tensor], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         Tokens.of(KINDS, **facts)
+
+
+def compiled(function, *given):
+    torch._dynamo.reset()
+    return torch.compile(function, backend="eager", fullgraph=True)(*given)
+
+
+def test_a_compiler_sees_the_kinds_of_tokens():
+    """It takes ``==`` of a tensor and an enum's member for False, without a word."""
+    tokens = Tokens.of(torch.tensor([[4, 0, 2, 4, 3]]))
+    tokens.mask((TokenKind.PAD,))  # what is kept is made; on Python 3.11 a compiler cannot look through its lock
+    got = compiled(lambda: tokens.mask((TokenKind.VISION, TokenKind.ANSWER)) | False)
+    assert got.tolist() == [[True, False, False, True, True]]
+    heads = TwoHeads(Unscored().build(8, 1), LinearRouter(std=1.0).build(8, 1))
+    inputs = RouterInputs(torch.randn(1, 5, 8), tokens, (), Site(0, 1, "layer", "depth"))
+    scores = compiled(heads, inputs)
+    assert scores[0, [0, 3], 0].tolist() == [0.0, 0.0]
+    torch.testing.assert_close(scores, heads(inputs), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("folder", ["routing", "plugins"])
+def test_nobody_compares_a_tensor_with_a_kind_by_an_operator(folder):
+    for path in Path(folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Eq | ast.NotEq):
+                sides = [ast.unparse(side) for side in (node.left, *node.comparators)]
+                tensors = any(re.search(r"_[BTK]+\b", side) for side in sides)
+                assert not (tensors and any("TokenKind." in side for side in sides)), f"{path}:{node.lineno}"
